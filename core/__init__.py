@@ -1,0 +1,1 @@
+"""The framework: registry, config, trainer, data, metrics, profile. It knows no paper."""

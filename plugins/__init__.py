@@ -1,0 +1,1 @@
+"""One folder a paper. Nothing here imports a sibling; `core` and `repro` reach these through entry points only."""

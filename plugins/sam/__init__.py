@@ -1,0 +1,4 @@
+"""sam."""
+
+__plugin__ = "sam"
+__interface__ = 1

@@ -1,0 +1,4 @@
+"""sap."""
+
+__plugin__ = "sap"
+__interface__ = 1

@@ -1,0 +1,4 @@
+"""sdtps."""
+
+__plugin__ = "sdtps"
+__interface__ = 1
