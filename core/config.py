@@ -1,0 +1,637 @@
+"""Gin with restraint: what gin 0.5.0 lets pass in silence is one clear error here, before anything is built.
+
+A config is read twice. `read()` parses the files itself (no torch, nothing imported, nothing executed) and checks every
+name, type, duplicate, macro, include and import against the static index of components; it knows for every value where
+it comes from and what it shadowed. `apply()` then loads the plugins that are named and hands gin one canonical text.
+After building, `unused()` lists the bindings that took no effect.
+
+Order of precedence, weakest first: the constructor's default; an included file, in the order of the statements; the
+file itself; `--set` on the command line.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from core import registry
+from gin import config_parser
+
+PRECEDENCE = "constructor default < included file < the file itself < --set"
+TRAIN = "trainer.train"
+REQUIRED = "gin.REQUIRED"
+
+
+class ConfigError(ValueError):
+    """Everything wrong with a config; `problems` has one line each, with file and line."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """`@scope/name` (a constructor) or `@scope/name()` (refused: an instance made while gin parses is made before seeding)."""
+
+    scope: str
+    name: str
+    evaluated: bool
+
+    def __str__(self) -> str:
+        return "@" + (f"{self.scope}/" if self.scope else "") + self.name + ("()" if self.evaluated else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Macro:
+    """`%NAME`."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"%{self.name}"
+
+
+class _Delegate(config_parser.ParserDelegate):
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
+        scope, _, name = scoped_configurable_name.rpartition("/")
+        return Reference(scope, name, evaluate)
+
+    def macro(self, macro_name: str) -> Macro:
+        return Macro(macro_name)
+
+
+def format_value(value: Any) -> str:
+    """A value as gin writes it."""
+    if isinstance(value, (Reference, Macro)):
+        return str(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(map(format_value, value)) + "]"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(format_value, value)) + ("," if len(value) == 1 else "") + ")"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{format_value(k)}: {format_value(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    yield value
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _walk(item)
+    elif isinstance(value, dict):
+        for k, v in value.items():
+            yield from _walk(k)
+            yield from _walk(v)
+
+
+# --- what was written, and where --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """One statement. `selector` is the full component name; macros have an empty `argument` and their name as selector."""
+
+    scope: str
+    selector: str
+    argument: str
+    value: Any
+    source: str
+
+    @property
+    def is_macro(self) -> bool:
+        return not self.argument
+
+    @property
+    def key(self) -> str:
+        head = (f"{self.scope}/" if self.scope else "") + self.selector
+        return head if self.is_macro else f"{head}.{self.argument}"
+
+
+@dataclasses.dataclass
+class Config:
+    """A checked config: the winning binding of every key, and the ones it shadowed (weakest first)."""
+
+    file: str
+    overrides: tuple[str, ...]
+    bindings: dict[str, Binding]
+    shadowed: dict[str, list[Binding]]
+    files: tuple[str, ...]
+
+    def resolve(self, value: Any) -> Any:
+        """A value with its macros replaced."""
+        if isinstance(value, Macro):
+            bound = self.bindings.get(value.name)
+            return self.resolve(bound.value) if bound else value
+        if isinstance(value, list):
+            return [self.resolve(v) for v in value]
+        if isinstance(value, tuple):
+            return tuple(self.resolve(v) for v in value)
+        if isinstance(value, dict):
+            return {self.resolve(k): self.resolve(v) for k, v in value.items()}
+        return value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The resolved value of a macro or of `component.parameter`, or `default` where nothing binds it."""
+        bound = self.bindings.get(name)
+        return default if bound is None else self.resolve(bound.value)
+
+    def text(self) -> str:
+        """The canonical gin text: macros first, then bindings, each sorted, all names in full."""
+        macros = sorted((b for b in self.bindings.values() if b.is_macro), key=lambda b: b.key)
+        rest = sorted((b for b in self.bindings.values() if not b.is_macro), key=lambda b: b.key)
+        return "".join(f"{b.key} = {format_value(b.value)}\n" for b in macros + rest)
+
+    def effective(self) -> dict[str, str]:
+        """Every parameter binding with macros replaced, as text: what makes two configs the same run."""
+        return {b.key: format_value(self.resolve(b.value)) for b in self.bindings.values() if not b.is_macro}
+
+    @property
+    def signature(self) -> str:
+        """Eight hex digits that name this run: a hash of the effective bindings."""
+        canonical = "\n".join(f"{k} = {v}" for k, v in sorted(self.effective().items()))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+    @property
+    def stem(self) -> str:
+        return Path(self.file.rpartition(":")[2]).stem
+
+    def components(self) -> list[str]:
+        """Full names of the components that are bound or referred to, sorted."""
+        names = {b.selector for b in self.bindings.values() if not b.is_macro}
+        for binding in self.bindings.values():
+            names |= {v.name for v in _walk(binding.value) if isinstance(v, Reference)}
+        return sorted(names)
+
+    def plugins(self) -> list[str]:
+        """The plugins this config needs."""
+        return sorted({registry.find(name).plugin for name in self.components()} - {"core"})
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def config_root() -> Path:
+    """The folder of the project's own gin files: `gin/` of a checkout, or the copy a wheel carries."""
+    top = Path(__file__).resolve().parent.parent
+    checkout = top / "gin"
+    return checkout if checkout.is_dir() else top / "repro" / "configs"
+
+
+def locate(name: str, relative_to: Path | None = None) -> Path:
+    """Find a gin file: a path, a path below the config root, or `plugin:file` inside an installed plugin.
+
+    Raises:
+        ConfigError: if there is none; lists where it was looked for and the nearest names.
+    """
+    plugin, colon, inner = name.partition(":")
+    if colon and not Path(name).exists():
+        known = registry.plugins()
+        if plugin not in known:
+            near = registry.nearest(plugin, known) or sorted(known)
+            raise ConfigError([f"{name}: no plugin {plugin!r} is installed; known: {', '.join(near)}"])
+        folder = known[plugin].folder
+        places = [folder / "gin" / inner] if folder else []
+        places += [config_root() / plugin / inner, config_root() / inner]
+    else:
+        path = Path(name)
+        if path.is_absolute():
+            places = [path]
+        else:
+            places = [relative_to / path] if relative_to else []
+            tail = Path(*path.parts[1:]) if path.parts and path.parts[0] == "gin" else path
+            places += [Path.cwd() / path, config_root() / tail]
+    for place in places:
+        if place.is_file():
+            return place
+    available = sorted(str(p.relative_to(config_root().parent)) for p in config_root().rglob("*.gin"))
+    near = registry.nearest(str(name), available)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    raise ConfigError([f"no gin file {name!r} (looked for {', '.join(str(p) for p in places)}){hint}"])
+
+
+def _below(path: Path, roots: Iterable[Path]) -> bool:
+    resolved = path.resolve()
+    return any(resolved.is_relative_to(root.resolve()) for root in roots)
+
+
+class _Reader:
+    def __init__(self, allow_imports: bool):
+        self.allow_imports = allow_imports
+        self.problems: list[str] = []
+        self.statements: list[tuple[Binding, str]] = []  # with the file that holds it
+        self.files: list[str] = []
+        self.roots: list[Path] = [config_root()] + [p.folder for p in registry.plugins().values() if p.folder]
+
+    def file(self, path: Path, chain: tuple[Path, ...] = ()) -> None:
+        resolved = path.resolve()
+        if resolved in chain:
+            cycle = " -> ".join(p.name for p in (*chain[chain.index(resolved) :], resolved))
+            self.problems.append(f"{path}: include cycle: {cycle}")
+            return
+        self.files.append(str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            self.problems.append(f"{path}: cannot be read: {error}")
+            return
+        self.parse(text, str(path), path.parent, (*chain, resolved))
+
+    def parse(self, text: str, label: str, folder: Path, chain: tuple[Path, ...], *, source: str | None = None) -> None:
+        seen: dict[str, str] = {}
+        try:
+            parser = config_parser.ConfigParser(text, _Delegate())
+            for statement in parser:
+                if isinstance(statement, config_parser.BlockDeclaration):
+                    continue
+                where = source or f"{label}:{statement.location.line_num}"
+                if isinstance(statement, config_parser.IncludeStatement):
+                    self.include(statement.filename, where, folder, chain)
+                elif isinstance(statement, config_parser.ImportStatement):
+                    self.importing(statement.module, where)
+                else:
+                    binding = self.binding(statement, where)
+                    if binding is None:
+                        continue
+                    if binding.key in seen:
+                        self.problems.append(
+                            f"{where}: {binding.key} is bound twice in one place (first at {seen[binding.key]}); remove one"
+                        )
+                    seen.setdefault(binding.key, where)
+                    self.statements.append((binding, label))
+        except SyntaxError as error:
+            line = f":{error.lineno}" if error.lineno and source is None else ""
+            self.problems.append(f"{source or label}{'' if source else line}: {str(error.msg).strip()}")
+        except ValueError as error:
+            self.problems.append(f"{source or label}: {error}")
+
+    def include(self, name: str, where: str, folder: Path, chain: tuple[Path, ...]) -> None:
+        try:
+            path = locate(name, folder)
+        except ConfigError as error:
+            self.problems += [f"{where}: include: {p}" for p in error.problems]
+            return
+        if not _below(path, [*self.roots, chain[0].parent]):
+            self.problems.append(
+                f"{where}: include {name!r} leaves the config folders ({path}); a gin file is code, copy it below one of them"
+            )
+            return
+        self.file(path, chain)
+
+    def importing(self, module: str, where: str) -> None:
+        packages = ["core", *(p.package for p in registry.plugins().values())]
+        if self.allow_imports or any(module == p or module.startswith(p + ".") for p in packages):
+            return
+        self.problems.append(
+            f"{where}: `import {module}` would execute it; gin files import only installed plugins, which are found by name anyway. "
+            "Remove the line, or pass --allow-import"
+        )
+
+    def binding(self, statement: Any, where: str) -> Binding | None:
+        if not statement.arg_name:
+            name = f"{statement.scope}/{statement.selector}" if statement.scope else statement.selector
+            return Binding("", name, "", statement.value, where)
+        try:
+            component = registry.find(statement.selector)
+        except KeyError as error:
+            self.problems.append(f"{where}: {error.args[0]}")
+            return None
+        names = [p.name for p in component.parameters]
+        if component.parameter(statement.arg_name) is None and not component.open_keywords:
+            near = registry.nearest(statement.arg_name, names)
+            hint = f"nearest: {', '.join(near)}" if near else f"it has: {', '.join(names) or 'none'}"
+            self.problems.append(f"{where}: {component.name} has no parameter {statement.arg_name!r}; {hint}")
+            return None
+        if statement.arg_name in component.denied:
+            self.problems.append(f"{where}: {component.name}.{statement.arg_name} is supplied by the program and cannot be bound")
+            return None
+        return Binding(statement.scope, component.name, statement.arg_name, self.full(statement.value, where), where)
+
+    def full(self, value: Any, where: str) -> Any:
+        """A value with references in full names."""
+        if isinstance(value, Reference):
+            if value.evaluated:
+                self.problems.append(
+                    f"{where}: {value} makes an instance before the seed is set; pass the constructor, {str(value)[:-2]}"
+                )
+                return value
+            try:
+                return dataclasses.replace(value, name=registry.find(value.name).name)
+            except KeyError as error:
+                self.problems.append(f"{where}: {value}: {error.args[0]}")
+                return value
+        if isinstance(value, list):
+            return [self.full(v, where) for v in value]
+        if isinstance(value, tuple):
+            return tuple(self.full(v, where) for v in value)
+        if isinstance(value, dict):
+            return {self.full(k, where): self.full(v, where) for k, v in value.items()}
+        return value
+
+
+def read(file: str, overrides: Sequence[str] = (), *, allow_imports: bool = False) -> Config:
+    """Read and check a gin file with `--set` overrides, without importing a plugin or torch.
+
+    Args:
+        file: a path, a path below the config root, or `plugin:file`.
+        overrides: statements `name.parameter=value` or `MACRO=value`; strings may be written without quotes.
+        allow_imports: let `import` statements name modules outside the plugins.
+
+    Raises:
+        ConfigError: with every problem at once: syntax, unknown names (with the nearest), wrong types, duplicates,
+            include cycles and escapes, imports, unknown, unused and required macros.
+    """
+    path = locate(file)
+    reader = _Reader(allow_imports)
+    reader.file(path)
+    seen: dict[str, str] = {}
+    for override in overrides:
+        label = f"--set {override}"
+        name, equals, value = override.partition("=")
+        if not equals or not name.strip():
+            reader.problems.append(f"{label}: want NAME=VALUE, e.g. --set train.steps=100")
+            continue
+        name = name.strip()
+        before = len(reader.statements)
+        reader.parse(f"{name} = {_quoted(value.strip())}\n", label, path.parent, (path.resolve(),), source=label)
+        for binding, _ in reader.statements[before:]:
+            if binding.key in seen:
+                reader.problems.append(f"{label}: {binding.key} is already set by {seen[binding.key]}; give it once")
+            seen[binding.key] = label
+    winning: dict[str, Binding] = {}
+    shadowed: dict[str, list[Binding]] = {}
+    for binding, _ in reader.statements:
+        if binding.is_macro:
+            binding = dataclasses.replace(binding, value=reader.full(binding.value, binding.source))
+        if binding.key in winning:
+            shadowed.setdefault(binding.key, []).append(winning[binding.key])
+        winning[binding.key] = binding
+    config = Config(str(file), tuple(overrides), winning, shadowed, tuple(reader.files))
+    problems = reader.problems + _check_macros(config) + _check_types(config)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return config
+
+
+def _quoted(text: str) -> str:
+    """A value from the command line as gin text: itself where it parses, else a string."""
+    try:
+        config_parser.ConfigParser(f"x = {text}\n", _Delegate()).parse_statement()
+    except (SyntaxError, ValueError):
+        return repr(text)
+    return text
+
+
+def _check_macros(config: Config) -> list[str]:
+    problems = []
+    macros = {b.selector: b for b in config.bindings.values() if b.is_macro}
+    used: set[str] = set()
+    queue = [b for b in config.bindings.values() if not b.is_macro]
+    reached: set[str] = set()
+    while queue:
+        binding = queue.pop()
+        for value in _walk(binding.value):
+            if not isinstance(value, Macro):
+                continue
+            if value.name == REQUIRED:
+                problems.append(
+                    f"{binding.source}: {binding.key} is required and not set; add `{binding.key} = …` or --set {binding.key}=…"
+                )
+            elif value.name not in macros:
+                near = registry.nearest(value.name, macros)
+                problems.append(
+                    f"{binding.source}: no macro %{value.name}" + (f"; nearest: {', '.join('%' + n for n in near)}" if near else "")
+                )
+            else:
+                used.add(value.name)
+                if value.name not in reached:
+                    reached.add(value.name)
+                    queue.append(macros[value.name])
+    for name, macro in macros.items():
+        if name not in used:
+            near = [n for n in registry.nearest(name, set(macros) - {name} & used)]
+            problems.append(
+                f"{macro.source}: macro {name} is set and never used" + (f"; did you mean {', '.join(near)}?" if near else "")
+            )
+    return problems
+
+
+# --- types ------------------------------------------------------------------------------------------------------------
+
+_PLAIN: dict[str, Callable[[Any], bool]] = {
+    "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
+    "float": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
+    "bool": lambda v: isinstance(v, bool),
+    "str": lambda v: isinstance(v, str),
+    "Path": lambda v: isinstance(v, str),
+    "None": lambda v: v is None,
+    "bytes": lambda v: isinstance(v, bytes),
+}
+_CONTAINERS = {"list": (list,), "List": (list,), "Sequence": (list, tuple), "Iterable": (list, tuple), "set": (set, list, tuple)}
+
+
+def accepts(annotation: str | None, value: Any) -> bool:
+    """Whether a gin value fits an annotation given as source text. What cannot be decided is accepted."""
+    if annotation is None or isinstance(value, Macro):
+        return True
+    try:
+        return _fits(ast.parse(annotation, mode="eval").body, value)
+    except SyntaxError:
+        return True
+
+
+def _fits(node: ast.expr, value: Any) -> bool:
+    if isinstance(value, Macro):
+        return True
+    if isinstance(node, ast.Constant):
+        if node.value is None:
+            return value is None
+        return accepts(node.value, value) if isinstance(node.value, str) else True
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _fits(node.left, value) or _fits(node.right, value)
+    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+    if name is not None:
+        if name in _PLAIN:
+            return _PLAIN[name](value)
+        if name in ("Callable", "type", "Type"):
+            return isinstance(value, Reference)
+        if name in _CONTAINERS:
+            return isinstance(value, _CONTAINERS[name])
+        if name in ("tuple", "Tuple"):
+            return isinstance(value, (tuple, list))
+        if name in ("dict", "Dict", "Mapping"):
+            return isinstance(value, dict)
+        return True
+    if isinstance(node, ast.Subscript):
+        head = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", "")
+        inner = list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
+        if head == "Literal":
+            return any(isinstance(i, ast.Constant) and i.value == value and type(i.value) is type(value) for i in inner)
+        if head == "Optional":
+            return value is None or _fits(inner[0], value)
+        if head == "Union":
+            return any(_fits(i, value) for i in inner)
+        if head in ("Callable", "type", "Type"):
+            return isinstance(value, Reference)
+        if head in _CONTAINERS:
+            return isinstance(value, _CONTAINERS[head]) and all(_fits(inner[0], v) for v in value)
+        if head in ("tuple", "Tuple"):
+            if not isinstance(value, (tuple, list)):
+                return False
+            if len(inner) == 2 and isinstance(inner[1], ast.Constant) and inner[1].value is Ellipsis:
+                return all(_fits(inner[0], v) for v in value)
+            return len(value) == len(inner) and all(_fits(i, v) for i, v in zip(inner, value))
+        if head in ("dict", "Dict", "Mapping") and len(inner) == 2:
+            return isinstance(value, dict) and all(_fits(inner[0], k) and _fits(inner[1], v) for k, v in value.items())
+    return True
+
+
+def _check_types(config: Config) -> list[str]:
+    problems = []
+    for binding in config.bindings.values():
+        if binding.is_macro:
+            continue
+        parameter = registry.find(binding.selector).parameter(binding.argument)
+        value = config.resolve(binding.value)
+        if parameter and not accepts(parameter.annotation, value):
+            via = f" (through {binding.value})" if isinstance(binding.value, Macro) else ""
+            source = config.bindings[binding.value.name].source if via and binding.value.name in config.bindings else binding.source
+            problems.append(
+                f"{source}: {binding.key} must be {parameter.annotation}, got {format_value(value)} ({type(value).__name__}){via}"
+            )
+    return problems
+
+
+# --- explaining -------------------------------------------------------------------------------------------------------
+
+
+def why(config: Config, name: str) -> list[str]:
+    """Where the value of a macro or parameter comes from: the winner, what it shadowed, and the default.
+
+    Raises:
+        ConfigError: if there is no such name.
+    """
+    key = name
+    lines = []
+    component = None
+    if name not in config.bindings and "." in name:
+        head, argument = name.rsplit(".", 1)
+        scope, _, selector = head.rpartition("/")
+        try:
+            component = registry.find(selector)
+        except KeyError as error:
+            raise ConfigError([str(error.args[0])]) from None
+        if component.parameter(argument) is None:
+            near = registry.nearest(argument, [p.name for p in component.parameters])
+            raise ConfigError([f"{component.name} has no parameter {argument!r}; nearest: {', '.join(near) or 'none'}"])
+        key = (f"{scope}/" if scope else "") + f"{component.name}.{argument}"
+    bound = config.bindings.get(key)
+    if bound is None and component is None:
+        near = registry.nearest(name, config.bindings)
+        raise ConfigError([f"nothing is called {name!r} here; nearest: {', '.join(near) or 'none'}"])
+    if bound is not None:
+        shown = format_value(bound.value)
+        resolved = format_value(config.resolve(bound.value))
+        lines.append(f"{key} = {resolved}" + (f"   (written {shown})" if shown != resolved else ""))
+        lines.append(f"  set by      {bound.source}")
+        for value in _walk(bound.value):
+            if isinstance(value, Macro) and value.name in config.bindings:
+                macro = config.bindings[value.name]
+                lines.append(f"  {'%' + value.name:<11} {macro.source}: {format_value(macro.value)}")
+                lines += [
+                    f"  shadows     {old.source}: {format_value(old.value)}"
+                    for old in reversed(config.shadowed.get(value.name, []))
+                ]
+        lines += [f"  shadows     {old.source}: {format_value(old.value)}" for old in reversed(config.shadowed.get(key, []))]
+        if not bound.is_macro:
+            component = registry.find(bound.selector)
+    if component is not None:
+        argument = key.rsplit(".", 1)[1]
+        parameter = component.parameter(argument)
+        default = parameter.default if parameter and parameter.default is not None else "(none: required)"
+        if bound is None:
+            lines.append(f"{key} = {default}   (the constructor's default)")
+        lines.append(f"  default     {component.file}:{component.line}: {default}")
+    return lines
+
+
+def difference(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, str | None, str | None]]:
+    """Keys whose effective values differ, with both values (None where absent)."""
+    return [(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+# --- applying ---------------------------------------------------------------------------------------------------------
+
+
+def apply(config: Config) -> None:
+    """Load what the config names and hand it to gin. Imports torch (through the components).
+
+    Raises:
+        registry.PluginError: if a plugin that this config names does not import.
+    """
+    import gin
+
+    for name in config.components():
+        registry.load_component(name)
+    gin.clear_config()
+    gin.parse_config(config.text())
+    gin.finalize()
+
+
+def configured(name: str) -> Callable[..., Any]:
+    """The gin-configured version of a registered component, by full name."""
+    import gin
+
+    made: Callable[..., Any] = gin.get_configurable(name)
+    return made
+
+
+def operative_text() -> str:
+    """What ran: every parameter of every component that was called, defaults included. Parses back to the same run."""
+    import gin
+
+    text: str = gin.operative_config_str(max_line_length=132)
+    return re.sub(r"^import .*\n", "", text, flags=re.M)
+
+
+def unused(config: Config) -> list[str]:
+    """Bindings that were asked for and took no effect (call this after everything is built)."""
+    from gin import config as gin_config
+
+    reached: dict[str, list[tuple[str, set[str]]]] = {}
+    for (scope, selector), arguments in gin_config._OPERATIVE_CONFIG.items():
+        reached.setdefault(selector, []).append((scope, set(arguments)))
+    asked: dict[tuple[str, str], list[Binding]] = {}
+    for binding in config.bindings.values():
+        if not binding.is_macro:
+            asked.setdefault((binding.selector, binding.argument), []).append(binding)
+    lines = []
+    for (selector, argument), rivals in asked.items():
+        winners: set[str] = set()
+        for scope, arguments in reached.get(selector, []):
+            if argument not in arguments:
+                continue
+            parts = scope.split("/") if scope else []
+            matching = [b for b in rivals if not b.scope or b.scope.split("/") == parts[: len(b.scope.split("/"))]]
+            if matching:
+                winners.add(max(matching, key=lambda b: len(b.scope)).key)
+        for binding in rivals:
+            if binding.key not in winners:
+                called = selector in reached
+                reason = (
+                    "the caller supplies this value itself"
+                    if called and not binding.scope
+                    else "nothing in this config builds it in that scope"
+                    if called
+                    else "nothing in this config builds that component"
+                )
+                lines.append(f"{binding.source}: {binding.key} = {format_value(binding.value)} took no effect: {reason}; remove it")
+    return lines

@@ -1,0 +1,79 @@
+"""Check a gin file without running it, say where a value comes from, or compare two runs.
+
+repro config FILE [--set …]            every problem at once, or the effective bindings
+repro config FILE --why NAME           file:line, command line or default, and what it shadowed
+repro config diff RUN RUN              what was asked differently
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from core import config as configs
+from core import record
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="a gin file, or the word diff")
+    parser.add_argument("runs", nargs="*", help="with diff: two run folders or gin files")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="overrides",
+        help="override a macro or a parameter (repeatable)",
+    )
+    parser.add_argument(
+        "--why", action="append", default=[], metavar="NAME", help="where the value of a macro or parameter comes from (repeatable)"
+    )
+    parser.add_argument("--allow-import", action="store_true", help="let the gin file import modules outside the plugins")
+
+
+def effective(name: str) -> dict[str, str]:
+    """Effective bindings of a run folder or a gin file.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        found = record.read_json(path / "run.json").get("effective")
+        if not isinstance(found, dict):
+            raise ValueError(f"{name} is not a run folder (no run.json with bindings)")
+        return found
+    return configs.read(name).effective()
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.file == "diff":
+        if len(args.runs) != 2:
+            raise ValueError(f"`repro config diff` takes two run folders or gin files, got {len(args.runs)}")
+        rows = configs.difference(*map(effective, args.runs))
+        for key, left, right in rows:
+            print(f"{key}\n  - {left if left is not None else '(not bound)'}\n  + {right if right is not None else '(not bound)'}")
+        if not rows:
+            print("no difference")
+        return 0
+    if args.runs:
+        raise ValueError(f"unexpected: {' '.join(args.runs)}; two runs are compared with `repro config diff RUN RUN`")
+    config = configs.read(args.file, args.overrides, allow_imports=args.allow_import)
+    if args.why:
+        for name in args.why:
+            print("\n".join(configs.why(config, name)))
+        print(f"precedence: {configs.PRECEDENCE}", file=sys.stderr)
+        return 0
+    print(config.text(), end="")
+    print(
+        f"# ok: {len(config.bindings)} bindings from {len(config.files)} files, run {config.stem}-{config.signature}; {configs.PRECEDENCE}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    from repro.cli import verb
+
+    raise SystemExit(verb("config"))

@@ -1,0 +1,69 @@
+"""Components: name, kind, plugin, paper, and where each is installed from. Nothing is imported unless asked for.
+
+A plugin that cannot be imported is listed with its distribution and the cause.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from core import registry
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kind", help="only this kind (task, module, dataset, …)")
+    parser.add_argument("--plugin", help="only this plugin (or core)")
+    parser.add_argument(
+        "--imports", action="store_true", help="import every plugin: import time, source hash, and what fails only then"
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def main(args: argparse.Namespace) -> int:
+    found = [c for c in registry.index().values() if args.kind in (None, c.kind) and args.plugin in (None, c.plugin)]
+    problems = dict(registry.plugin_problems())
+    passports: dict[str, registry.Passport] = {}
+    if args.imports:
+        for name, outcome in registry.load_all().items():
+            if isinstance(outcome, registry.Passport):
+                passports[name] = outcome
+            else:
+                problems[name] = outcome.cause
+    plugins = registry.plugins()
+    if args.json:
+        print(json.dumps({
+            "components": [
+                {"name": c.name, "kind": c.kind, "plugin": c.plugin, "paper": c.paper, "equations": c.equations,
+                 "distribution": c.distribution, "file": c.file, "line": c.line} for c in found
+            ],
+            "plugins": [
+                {"name": p.name, "package": p.package, "distribution": p.distribution, "version": p.version, "problem": problems.get(p.name),
+                 **({"import_s": passports[p.name].seconds, "sha256": passports[p.name].sha256} if p.name in passports else {})}
+                for p in plugins.values()
+            ],
+        }, indent=1))  # fmt: skip
+        return 0
+    width = max((len(c.name) for c in found), default=4)
+    kinds = max((len(c.kind) for c in found), default=4)
+    for c in sorted(found, key=lambda c: (c.plugin != "core", c.plugin, c.kind, c.name)):
+        cited = " ".join(filter(None, (c.paper, c.equations)))
+        print(f"{c.name:<{width}}  {c.kind:<{kinds}}  {c.distribution:<10}  {cited or c.summary}")
+    print()
+    for p in plugins.values():
+        if args.plugin not in (None, p.name):
+            continue
+        line = f"plugin {p.name:<14} {p.distribution} {p.version}  {p.folder or '(missing)'}"
+        if p.name in passports:
+            line += f"  import {passports[p.name].seconds:.2f} s  sha256 {passports[p.name].sha256[:12]}"
+        print(line)
+        if p.name in problems:
+            print(f"plugin {p.name}: BROKEN ({p.distribution} {p.version}): {problems[p.name]}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    from repro.cli import verb
+
+    raise SystemExit(verb("list"))

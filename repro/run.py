@@ -1,0 +1,173 @@
+"""Train and evaluate one reproduction, from a gin file.
+
+The run folder is named by the file and a hash of its effective bindings, so the same request finds the same folder: a
+finished run is shown and not repeated, an unfinished one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from core import config as configs
+from core import record
+from repro import show
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gin", required=True, metavar="FILE", help="a gin file: a path, gin/NAME.gin, or PLUGIN:FILE")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="overrides",
+        help="override a macro or a parameter (repeatable)",
+    )
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
+    parser.add_argument("--out", metavar="DIR", help="this very run folder instead of one named by hash")
+    parser.add_argument("--fresh", action="store_true", help="throw away what the run folder holds and start over")
+    parser.add_argument("--no-profile", action="store_true", help="do not count FLOPs and measure latency after training")
+    parser.add_argument("--allow-import", action="store_true", help="let the gin file import modules outside the plugins")
+    parser.add_argument("--quiet", action="store_true", help="print the result only")
+
+
+def folder_of(config: configs.Config, arguments: argparse.Namespace) -> Path:
+    """The run folder of a config."""
+    return Path(arguments.out) if arguments.out else Path(arguments.runs) / f"{config.stem}-{config.signature}"
+
+
+def main(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    config = configs.read(args.gin, args.overrides, allow_imports=args.allow_import)
+    path = folder_of(config, args)
+    rank = int(os.environ.get("RANK", "0"))
+    before = record.status(path)
+    if before is not None and before.state == "finished" and not args.fresh and _same(path, config):
+        if rank == 0:
+            print(f"{path} is finished already (--fresh starts over)\n")
+            show.result(path)
+        return 0
+    with record.RunFolder(path, writes=rank == 0, chatty=not args.quiet) as run:
+        if args.fresh and rank == 0:
+            _clear(path)
+        elif rank == 0 and (path / "config.gin").is_file() and not _same(path, config):
+            raise ValueError(f"{path} holds a run of another config; give another --out, or --fresh to throw it away")
+        return _train(run, config, args, started)
+
+
+def _same(path: Path, config: configs.Config) -> bool:
+    return record.read_json(path / "run.json").get("signature") == config.signature
+
+
+def _clear(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.name in (".lock", "status.json"):
+            continue
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _train(run: record.RunFolder, config: configs.Config, args: argparse.Namespace, started: float) -> int:
+    run.log(f"run folder  {run.path}")
+    run.write("config.gin", f"# asked: {config.file}" + "".join(f"  --set {o}" for o in config.overrides) + "\n" + config.text())
+    configs.apply(config)
+    from core import checkpoint, distributed, trainer
+
+    describe(run, config)
+    built: list[Any] = []
+
+    def on_built(task: Any, model: Any) -> None:
+        lines = configs.unused(config)
+        if lines:
+            raise configs.ConfigError(lines)
+        run.write("operative.gin", configs.operative_text())
+        built[:] = [task, model]
+        total = sum(p.numel() for p in model.parameters())
+        run.log(f"config      {args.gin}  ({configs.PRECEDENCE})")
+        run.log(f"model       {total:,} parameters, plugin {', '.join(config.plugins()) or 'none'}")
+
+    try:
+        outcome = configs.configured(configs.TRAIN)(run, on_built)
+    except trainer.Stopped as stop:
+        run.say(state="stopped", step=stop.step, message=str(stop))
+        run.log(str(stop))
+        return record.EXIT_STOPPED
+    except Exception as error:
+        run.say(state="failed", message=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        distributed.stop()
+    if not run.writes:
+        return 0
+    task, model = built
+    run.write("operative.gin", configs.operative_text())
+    best_step = outcome.best_step if outcome.best_step >= 0 else outcome.step
+    run.write("result.json", {
+        "step": outcome.step, "metrics": outcome.last, "best": outcome.best or outcome.last, "best_step": best_step, "first": outcome.first,
+        "expected": dict(task.expected()),
+        "tables": [{"title": t.title, "columns": list(t.columns), "rows": [list(r) for r in t.rows], "note": t.note} for t in task.tables(outcome.last)],
+    })  # fmt: skip
+    with checkpoint.preserved_random_state():
+        _extras(run, task, model, args)
+    run.timing({"step": outcome.step, "total_s": time.perf_counter() - started})
+    run.say(state="finished", step=outcome.step, message="")
+    if not args.quiet:
+        print()
+    show.result(run.path)
+    return 0
+
+
+def describe(run: record.RunFolder, config: configs.Config) -> None:
+    """run.json and diff.patch: everything needed to say where a number of this run comes from."""
+    source, diff = record.provenance()
+    if diff:
+        run.write("diff.patch", diff)
+    run.write("run.json", {
+        "signature": config.signature, "config": config.file, "overrides": list(config.overrides), "files": list(config.files),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "source": source, "environment": record.environment(),
+        "plugins": _passports(config.plugins()), "seed": config.get(f"{configs.TRAIN}.seed", 0), "effective": config.effective(),
+    })  # fmt: skip
+
+
+def _passports(names: Sequence[str]) -> dict[str, Any]:
+    from core import registry
+
+    known = registry.plugins()
+    return {
+        n: {"distribution": known[n].distribution, "version": known[n].version, "sha256": registry.load_plugin(n).sha256}
+        for n in names
+    }
+
+
+def _extras(run: record.RunFolder, task: Any, model: Any, args: argparse.Namespace) -> None:
+    """Pictures and profile. What fails here is said and does not undo a finished training."""
+    pictures = run.path / "pictures"
+    pictures.mkdir(exist_ok=True)
+    try:
+        task.pictures(model, pictures)
+    except Exception as error:
+        run.log(f"WARNING: pictures: {type(error).__name__}: {error}")
+    if not any(pictures.iterdir()):
+        pictures.rmdir()
+    if args.no_profile:
+        return
+    from repro import profile
+
+    try:
+        run.write("profile.json", profile.of_task(task, model))
+    except NotImplementedError:
+        run.log("profile: this task names no inputs for one")
+    except Exception as error:
+        run.log(f"WARNING: profile: {type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    from repro.cli import verb
+
+    raise SystemExit(verb("run"))
