@@ -417,7 +417,7 @@ def _check_macros(config: Config) -> list[str]:
                     queue.append(macros[value.name])
     for name, macro in macros.items():
         if name not in used:
-            near = [n for n in registry.nearest(name, set(macros) - {name} & used)]
+            near = registry.nearest(name, set(macros) - {name} & used)
             problems.append(
                 f"{macro.source}: macro {name} is set and never used" + (f"; did you mean {', '.join(near)}?" if near else "")
             )
@@ -583,7 +583,6 @@ def apply(config: Config) -> None:
         registry.load_component(name)
     gin.clear_config()
     gin.parse_config(config.text())
-    gin.finalize()
 
 
 def configured(name: str) -> Callable[..., Any]:

@@ -176,10 +176,12 @@ class Stream:
         while True:
             try:
                 batch = next(iterator)
-            except RuntimeError as error:
-                if "DataLoader" in str(error):
-                    raise RuntimeError(f"data loading failed ({self.workers} workers, limit {self.timeout_s:g} s a batch): {error}") from error
-                raise
+            except (RuntimeError, EOFError, ConnectionError) as error:  # a dying worker shows itself in any of these
+                if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
+                    raise
+                said = str(error) or "a worker died"
+                limit = f"{self.workers} workers, limit {self.timeout_s:g} s a batch"
+                raise RuntimeError(f"data loading failed ({limit}): {said}") from error
             yield batch
 
 

@@ -72,9 +72,7 @@ def namespace(module: str) -> str:
     return parts[-1]
 
 
-def register(
-    kind: str, *, paper: str = "", equations: str = "", denylist: Iterable[str] | None = None
-) -> Callable[[T], T]:
+def register(kind: str, *, paper: str = "", equations: str = "", denylist: Iterable[str] | None = None) -> Callable[[T], T]:
     """File a class or function under `<plugin>.<Name>`, make it reachable from gin, and return it unchanged.
 
     Args:
@@ -228,9 +226,7 @@ def _parameters(node: ast.ClassDef | ast.FunctionDef) -> tuple[tuple[Parameter, 
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
     pairs = list(zip(positional, defaults))[skip:] + list(zip(args.kwonlyargs, args.kw_defaults))
     listed = tuple(
-        Parameter(
-            a.arg, ast.unparse(a.annotation) if a.annotation else None, ast.unparse(d) if d is not None else None
-        )
+        Parameter(a.arg, ast.unparse(a.annotation) if a.annotation else None, ast.unparse(d) if d is not None else None)
         for a, d in pairs
     )
     return listed, args.kwarg is not None
@@ -456,13 +452,15 @@ def load_plugin(name: str, *, limit_s: float = IMPORT_LIMIT_S) -> Passport:
     known = plugins()
     if name not in known:
         near = nearest(name, known)
-        raise KeyError(f"no plugin {name!r} is installed; {'nearest: ' + ', '.join(near) if near else 'installed: ' + ', '.join(known)}")
+        raise KeyError(
+            f"no plugin {name!r} is installed; {'nearest: ' + ', '.join(near) if near else 'installed: ' + ', '.join(known)}"
+        )
     plugin = known[name]
     started = time.perf_counter()
     _LOADING.append(name)
     try:
-        if plugin.problem or plugin.folder is None:
-            raise PluginError(name, plugin.distribution, plugin.problem or "no folder")
+        if plugin.folder is None or name in plugin_problems():
+            raise PluginError(name, plugin.distribution, plugin_problems().get(name, "no folder"))
         _import_limited(plugin.package, limit_s)
         package = sys.modules[plugin.package]
         _check_declaration(plugin, getattr(package, "__plugin__", None), getattr(package, "__interface__", None))

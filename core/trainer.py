@@ -81,7 +81,7 @@ class _Guard:
             if not (math.isfinite(norm) and all(math.isfinite(v) for v in losses.values())):
                 self._raise(step, losses, model)
             return
-        total = torch.stack([v.detach() for v in losses.values()]).sum() + norm
+        total = torch.stack(list(losses.values())).sum() + norm
         self.bad = torch.maximum(self.bad, (~total.isfinite()).float())
         self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -116,8 +116,8 @@ class _Log:
     rows: list[tuple[int, dict[str, Tensor], list[float]]] = dataclasses.field(default_factory=list)
 
     def add(self, step: int, result: StepResult, norm: Tensor, rates: list[float]) -> None:
-        row = {f"loss/{k}": v.detach() for k, v in result.losses.items()}
-        row.update((k, v.detach()) for k, v in result.monitors.items())
+        row = {f"loss/{k}": v for k, v in result.losses.items()}
+        row.update(result.monitors)
         row["grad_norm"] = norm
         self.rows.append((step, row, rates))
 
@@ -410,12 +410,12 @@ def _forward_backward(
             assert isinstance(total, Tensor)
             scaled = total if accumulate == 1 else total / accumulate
             (scaler.scale(scaled) if scaler.is_enabled() else scaled).backward()
-        results.append(result)
+        results.append(StepResult({k: v.detach() for k, v in result.losses.items()}, {k: v.detach() for k, v in result.monitors.items()}))
     if accumulate == 1:
         return results[0]
     return StepResult(
-        {k: torch.stack([r.losses[k].detach() for r in results]).mean() for k in results[0].losses},
-        {k: torch.stack([r.monitors[k].detach().float() for r in results]).mean() for k in results[0].monitors},
+        {k: torch.stack([r.losses[k] for r in results]).mean() for k in results[0].losses},
+        {k: torch.stack([r.monitors[k].float() for r in results]).mean() for k in results[0].monitors},
     )
 
 

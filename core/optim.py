@@ -1,0 +1,106 @@
+"""Optimisers, and parameter groups by rule.
+
+Rules are written by a task (`Task.parameter_rules`) as (regular expression on the parameter's name, settings); the first
+rule that matches (anywhere in the name) decides. Settings: `lr` (absolute), `lr_scale` (times the optimiser's), `weight_decay`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.registry import register
+
+Groups = list[dict[str, Any]]
+_SETTINGS = ("lr", "lr_scale", "weight_decay")
+
+
+def parameter_groups(model: nn.Module, rules: Sequence[tuple[str, Mapping[str, float]]] = ()) -> Groups:
+    """Trainable parameters in groups, one a rule that matched and one for the rest; each carries `name` and `names`.
+
+    Raises:
+        ValueError: for a rule that matches no trainable parameter, an unknown setting, both `lr` and `lr_scale`, or a
+            model with nothing to train.
+    """
+    found: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    matched = [False] * len(rules)
+    for position, (pattern, settings) in enumerate(rules):
+        unknown = set(settings) - set(_SETTINGS)
+        if unknown:
+            raise ValueError(f"rule {position} ({pattern!r}): unknown setting {sorted(unknown)[0]!r}; known: {', '.join(_SETTINGS)}")
+        if "lr" in settings and "lr_scale" in settings:
+            raise ValueError(f"rule {position} ({pattern!r}) sets both lr and lr_scale; choose one")
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        hits = [i for i, (pattern, _) in enumerate(rules) if re.search(pattern, name)]
+        for i in hits:
+            matched[i] = True
+        found.setdefault(hits[0] if hits else len(rules), []).append((name, parameter))
+    for position, hit in enumerate(matched):
+        if not hit:
+            raise ValueError(f"parameter rule {rules[position][0]!r} matches no trainable parameter; remove it or mend the expression")
+    if not found:
+        raise ValueError("the model has no trainable parameter")
+    groups = []
+    for position in sorted(found):
+        pattern, settings = rules[position] if position < len(rules) else ("rest", {})
+        groups.append({
+            "params": [p for _, p in found[position]], "name": pattern, "names": [n for n, _ in found[position]], **settings,
+        })  # fmt: skip
+    return groups
+
+
+def _resolve(params: Iterable[Any], lr: float) -> tuple[Groups, bool]:
+    """Groups with absolute rates, and whether the fused kernels can be used (all parameters float on one device type)."""
+    groups: Groups = []
+    for entry in params:
+        group = dict(entry) if isinstance(entry, Mapping) else {"params": [entry]}
+        if "lr_scale" in group:
+            group["lr"] = lr * group.pop("lr_scale")
+        groups.append(group)
+    tensors = [p for g in groups for p in g["params"]]
+    kinds = {p.device.type for p in tensors}
+    return groups, kinds <= {"cpu"} or kinds <= {"cuda"}
+
+
+def _positive(name: str, **values: float) -> None:
+    for key, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"optim.{name}.{key} must be 0 or more, got {value}")
+
+
+@register("optimizer", paper="Kingma and Ba 2015", denylist=["params"])
+def Adam(
+    params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Adam with L2 regularisation coupled into the gradient."""
+    _positive("Adam", lr=lr, eps=eps, weight_decay=weight_decay)
+    groups, fused = _resolve(params, lr)
+    return torch.optim.Adam(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
+
+
+@register("optimizer", paper="Loshchilov and Hutter 2019", denylist=["params"])
+def AdamW(
+    params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01
+) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay."""
+    _positive("AdamW", lr=lr, eps=eps, weight_decay=weight_decay)
+    groups, fused = _resolve(params, lr)
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
+
+
+@register("optimizer", denylist=["params"])
+def SGD(
+    params: Iterable[Any], lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 0.0, nesterov: bool = False
+) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with momentum and coupled L2."""
+    _positive("SGD", lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if nesterov and momentum == 0:
+        raise ValueError("optim.SGD.nesterov needs a momentum above 0")
+    groups, fused = _resolve(params, lr)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused)

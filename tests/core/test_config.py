@@ -1,0 +1,199 @@
+"""Gin with restraint: everything gin 0.5.0 lets pass in silence is one clear error."""
+
+import subprocess
+import sys
+
+import pytest
+
+from core import config as configs
+
+
+@pytest.fixture
+def gin_file(tmp_path):
+    def write(text, name="a.gin"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+GOOD = """
+STEPS = 10
+trainer.train.steps = %STEPS
+trainer.train.optimizer = @optim.AdamW
+optim.AdamW.lr = 0.001
+"""
+
+
+def problems(file, *overrides, **options):
+    with pytest.raises(configs.ConfigError) as caught:
+        configs.read(file, overrides, **options)
+    return caught.value.problems
+
+
+def test_good_file_gives_effective_bindings(gin_file):
+    config = configs.read(gin_file(GOOD))
+    assert config.effective() == {
+        "trainer.train.steps": "10",
+        "trainer.train.optimizer": "@optim.AdamW",
+        "optim.AdamW.lr": "0.001",
+    }
+
+
+def test_short_names_mean_the_same_run(gin_file):
+    full = configs.read(gin_file(GOOD))
+    short = configs.read(gin_file(GOOD.replace("trainer.train.", "train.").replace("%STEPS", "10").replace("STEPS = 10\n", ""), "b.gin"))
+    assert full.signature == short.signature
+
+
+def test_canonical_text_reads_back_to_the_same_run(gin_file):
+    config = configs.read(gin_file(GOOD))
+    again = configs.read(gin_file(config.text(), "again.gin"))
+    assert again.signature == config.signature
+    assert again.text() == config.text()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("trainer.train.stepz = 3", "nearest: steps"),
+        ("trainer.trian.steps = 3", "trainer.train"),
+        ("trainer.train.seed = 'oops'", "must be int, got 'oops'"),
+        ("trainer.train.seed = True", "must be int"),
+        ("trainer.train.clip_norm = 'x'", "must be float | None"),
+        ("trainer.train.precision = 'fp8'", "Literal"),
+        ("trainer.train.schedule = 3", "Callable"),
+        ("trainer.train.schedule = @schedules.Constant()", "pass the constructor, @schedules.Constant"),
+        ("trainer.train.schedule = @schedules.Konstant", "schedules.Constant"),
+        ("trainer.train.seed = %SED", "no macro %SED"),
+        ("UNUSED = 3", "never used"),
+        ("trainer.train.run = None", "supplied by the program"),
+        ("trainer.train.seed = 1\ntrainer.train.seed = 2", "bound twice"),
+        ("trainer.train.seed = 1\ntrain.seed = 2", "bound twice"),
+        ("trainer.train.seed = %gin.REQUIRED", "required and not set"),
+        ("import os", "would execute it"),
+        ("include '/etc/hostname'", "leaves the config folders"),
+        ("include 'nothing.gin'", "no gin file"),
+        ("trainer.train.seed = = 3", "a.gin"),
+    ],
+)
+def test_each_mistake_is_one_clear_error(gin_file, line, said):
+    found = problems(gin_file(GOOD + line + "\n"))
+    assert len(found) == 1, found
+    assert said in found[0]
+    assert "a.gin" in found[0]
+
+
+def test_all_mistakes_are_reported_at_once(gin_file):
+    found = problems(gin_file(GOOD + "trainer.train.stepz = 3\nNEVER = 1\ntrainer.train.seed = 'x'\n"))
+    assert len(found) == 3
+
+
+def test_mistakes_carry_their_line(gin_file):
+    (found,) = problems(gin_file("trainer.train.steps = 3\n\ntrainer.train.seed = 'x'\n"))
+    assert "a.gin:3:" in found
+
+
+def test_include_is_shadowed_by_the_file_and_the_file_by_set(gin_file):
+    gin_file("trainer.train.steps = 1\ntrainer.train.seed = 1\n", "base.gin")
+    main = gin_file("include 'base.gin'\ntrainer.train.steps = 2\n")
+    config = configs.read(main, ["train.steps=3"])
+    assert config.get("trainer.train.steps") == 3
+    assert config.get("trainer.train.seed") == 1
+    said = "\n".join(configs.why(config, "train.steps"))
+    assert "set by      --set train.steps=3" in said
+    assert said.index("a.gin:2: 2") < said.index("base.gin:1: 1")
+    assert "default" in said
+
+
+def test_why_of_a_macro_and_of_a_default(gin_file):
+    config = configs.read(gin_file(GOOD))
+    said = "\n".join(configs.why(config, "trainer.train.steps"))
+    assert "written %STEPS" in said
+    assert "a.gin:2: 10" in said
+    assert "constructor's default" in "\n".join(configs.why(config, "train.seed"))
+    with pytest.raises(configs.ConfigError, match="STEPS"):
+        configs.why(config, "STEP")
+
+
+def test_include_cycle_is_named(gin_file):
+    gin_file("include 'a.gin'\n", "b.gin")
+    found = problems(gin_file("include 'b.gin'\ntrainer.train.steps = 1\n"))
+    assert any("cycle: a.gin -> b.gin -> a.gin" in p for p in found)
+
+
+def test_set_takes_unquoted_strings_and_refuses_doubles(gin_file):
+    file = gin_file(GOOD)
+    assert configs.read(file, ["train.device=cpu"]).get("trainer.train.device") == "cpu"
+    assert "already set" in problems(file, "train.seed=1", "train.seed=2")[0]
+    assert "NAME=VALUE" in problems(file, "train.seed")[0]
+
+
+def test_macro_override_changes_the_signature(gin_file):
+    file = gin_file(GOOD)
+    assert configs.read(file).signature != configs.read(file, ["STEPS=11"]).signature
+    assert configs.read(file).signature == configs.read(file, ["STEPS=10"]).signature
+
+
+def test_type_error_through_a_macro_names_the_macros_line(gin_file):
+    (found,) = problems(gin_file(GOOD.replace("STEPS = 10", "STEPS = 'ten'")))
+    assert "a.gin:2" in found
+    assert "through %STEPS" in found
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "fits"),
+    [
+        ("int", 3, True), ("int", 3.0, False), ("float", 3, True), ("float", True, False), ("str | None", None, True),
+        ("tuple[int, int]", (1, 2), True), ("tuple[int, int]", (1, 2, 3), False), ("tuple[int, ...]", (1, 2, 3), True),
+        ("Sequence[float]", [1, 2.5], True), ("Sequence[float]", ["a"], False), ("dict[str, float]", {"a": 1.0}, True),
+        ("dict[str, float]", {"a": "b"}, False), ("Literal['a', 'b']", "a", True), ("Literal['a', 'b']", "c", False),
+        ("Callable[..., nn.Module]", 3, False), ("SomethingElse", 3, True), ("Optional[int]", None, True), (None, object(), True),
+    ],
+)  # fmt: skip
+def test_annotations(annotation, value, fits):
+    assert configs.accepts(annotation, value) is fits
+
+
+def test_a_binding_without_effect_is_found_after_building(gin_file):
+    file = gin_file("trainer.train.optimizer = @optim.AdamW\noptim.AdamW.lr = 0.1\noptim.SGD.lr = 0.2\nrgb/optim.AdamW.lr = 0.3\n")
+    config = configs.read(file)
+    configs.apply(config)
+    import torch
+
+    configs.configured("optim.AdamW")([torch.nn.Parameter(torch.zeros(2))])
+    lines = configs.unused(config)
+    assert len(lines) == 3  # train was not called, SGD is not built, nothing is built in scope rgb
+    assert any("optim.SGD.lr" in line and "nothing in this config builds that component" in line for line in lines)
+    assert any("rgb/optim.AdamW.lr" in line for line in lines)
+
+
+def test_a_value_that_the_caller_supplies_is_found(gin_file):
+    config = configs.read(gin_file("optim.AdamW.lr = 0.1\n"))
+    configs.apply(config)
+    import torch
+
+    made = configs.configured("optim.AdamW")([torch.nn.Parameter(torch.zeros(2))], lr=0.5)
+    assert made.param_groups[0]["lr"] == 0.5
+    (line,) = configs.unused(config)
+    assert "the caller supplies this value itself" in line
+
+
+def test_checking_imports_no_torch(gin_file):
+    code = f"import sys; from core import config; config.read({gin_file(GOOD)!r}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_gin_is_the_library_and_its_version_is_pinned():
+    from importlib.metadata import version
+    from pathlib import Path
+
+    import gin
+
+    assert version("gin-config") == "0.5.0"
+    assert hasattr(gin, "parse_config")
+    folder = Path(__file__).parents[2] / "gin"
+    assert not list(folder.rglob("__init__.py")), "gin/__init__.py would shadow the gin library"
+    assert not list(folder.rglob("*.py"))

@@ -1,0 +1,191 @@
+"""Plugins come from outside, are listed without being imported, and fail alone."""
+
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from core import registry
+
+GOOD = """
+    __plugin__ = "{name}"
+    __interface__ = 1
+"""
+MODULE = textwrap.dedent("""
+    from core.registry import register
+
+    @register("module", paper="A paper", equations="eq. 1")
+    class Thing:
+        \"\"\"A thing.\"\"\"
+
+        def __init__(self, size: int = 3, *, rate: float = 0.5):
+            self.size, self.rate = size, rate
+""")
+
+
+@pytest.fixture
+def install(tmp_path):
+    """Write packages with entry points to a folder on PYTHONPATH, as pip would; returns a runner for Python code there."""
+
+    def write(name, init=GOOD, modules=None, *, package=None, entry=None, distribution=None):
+        package = package or name
+        folder = tmp_path / package
+        folder.mkdir()
+        (folder / "__init__.py").write_text(textwrap.dedent(init).format(name=name))
+        for file, text in (modules or {"thing.py": MODULE}).items():
+            (folder / file).write_text(text)
+        info = tmp_path / f"{distribution or package}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution or package}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[repro.plugins]\n{entry or name} = {package}\n")
+
+    def run(*argv):
+        import os
+
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=environment, check=False)
+
+    write.run = run
+    return write
+
+
+def test_a_plugin_is_listed_without_being_imported(install):
+    install("my_paper", GOOD + "    raise RuntimeError('imported')\n")
+    done = install.run("-m", "repro.list")
+    assert done.returncode == 0
+    assert "my_paper.Thing" in done.stdout
+    assert "A paper eq. 1" in done.stdout
+    assert "my_paper 1.2" in done.stdout
+
+
+def test_static_parameters_are_the_real_ones(install):
+    install("my_paper")
+    code = """
+        import inspect
+        from core import registry
+        registry.load_plugin("my_paper")
+        for name, component in registry.registered().items():
+            if registry.find(name).open_keywords: continue
+            real = [p for p in inspect.signature(component.cls).parameters]
+            assert [p.name for p in registry.find(name).parameters] == real, name
+        thing = registry.find("my_paper.Thing")
+        assert [(p.annotation, p.default) for p in thing.parameters] == [("int", "3"), ("float", "0.5")]
+        print("checked", len(registry.registered()))
+    """
+    done = install.run("-c", textwrap.dedent(code))
+    assert done.returncode == 0, done.stderr
+    assert "checked" in done.stdout
+
+
+def test_the_static_index_agrees_with_what_importing_registers():
+    import inspect
+
+    outcomes = registry.load_all()
+    assert all(isinstance(o, registry.Passport) for o in outcomes.values()), outcomes
+    registered = {n: c for n, c in registry.registered().items() if n in registry.index() or c.cls.__module__.startswith(("plugins.", "core."))}
+    assert registered
+    for name, component in registered.items():
+        static = registry.find(name)
+        signature = inspect.signature(component.cls)
+        assert static.kind == component.kind
+        assert static.paper == component.paper
+        if not static.open_keywords:
+            assert [p.name for p in static.parameters] == list(signature.parameters), name
+
+
+def test_registering_returns_the_class_unchanged():
+    @registry.register("module")
+    class Plain:
+        def __init__(self, size: int = 3):
+            self.size = size
+
+    try:
+        assert Plain().size == 3
+        assert type(Plain()) is Plain
+    finally:
+        registry._REGISTERED.pop("test_registry.Plain", None)
+
+
+BROKEN = {
+    "ImportError": (GOOD, {"thing.py": MODULE + "\nimport nothing_of_that_name\n"}, "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+    "SyntaxError": (GOOD, {"thing.py": MODULE + "\ndef (:\n"}, "SyntaxError"),
+    "exit": (GOOD, {"thing.py": MODULE + "\nimport sys\nsys.exit(3)\n"}, "exited with 3"),
+    "interface": ('__plugin__ = "{name}"\n__interface__ = 99\n', None, "interface 99"),
+    "undeclared": ("", None, "__plugin__ is None"),
+    "outside": (GOOD, {"thing.py": MODULE + '\nThing.__module__ = "else.where"\nThing.__qualname__ = "Other"\nregister("module")(Thing)\n'}, "only in its own namespace"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(BROKEN))
+def test_a_broken_plugin_is_one_line_and_stops_only_its_own_runs(install, tmp_path, kind):
+    init, modules, cause = BROKEN[kind]
+    install("bad_paper", init, modules)
+    install("good_paper")
+    listed = install.run("-m", "repro.list", "--imports", "--plugin", "bad_paper")
+    assert listed.returncode == 0
+    assert "Traceback" not in listed.stderr
+    (line,) = [row for row in listed.stderr.splitlines() if "BROKEN" in row]
+    assert cause in line
+    assert "bad_paper 1.2" in line
+    code = "from core import config; c = config.read({!r}); config.apply(c); print('applied', c.components())"
+    for name in ("good_paper", "bad_paper"):
+        (tmp_path / f"{name}.gin").write_text(f"{name}.Thing.size = 4\n")
+    good = install.run("-c", code.format(str(tmp_path / "good_paper.gin")))
+    assert "applied ['good_paper.Thing']" in good.stdout, good.stderr
+    bad = install.run("-c", code.format(str(tmp_path / "bad_paper.gin")))
+    assert bad.returncode != 0
+    assert "bad_paper" in bad.stderr
+    run = install.run("-m", "repro.run", "--gin", str(tmp_path / "bad_paper.gin"), "--runs", str(tmp_path / "runs"))
+    assert run.returncode in (1, 2)
+    assert "bad_paper" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_hanging_import_is_cut_off(install):
+    install("slow_paper", GOOD, {"thing.py": MODULE + "\nimport time\ntime.sleep(60)\n"})
+    started = time.monotonic()
+    code = "from core import registry\ntry:\n    registry.load_plugin('slow_paper', limit_s=1.0)\nexcept registry.PluginError as e:\n    print(e)"
+    done = install.run("-c", code)
+    assert "took longer than 1 s" in done.stdout, done.stderr
+    assert time.monotonic() - started < 40
+
+
+def test_two_distributions_with_one_name_are_both_named(install):
+    install("twice", package="first_package", distribution="first-dist")
+    install("twice", package="second_package", distribution="second-dist")
+    done = install.run("-m", "repro.list")
+    (line,) = [row for row in done.stderr.splitlines() if "BROKEN" in row]
+    assert "first-dist" in line
+    assert "second-dist" in line
+
+
+def test_a_duplicate_name_names_both_owners():
+    def make(module):
+        class Same:
+            def __init__(self, a: int = 1):
+                pass
+
+        Same.__module__ = module
+        Same.__qualname__ = "Same"
+        return Same
+
+    registry.register("module")(make("one.place"))
+    try:
+        with pytest.raises(registry.RegistrationError, match=r"one\.place.*two\.place"):
+            registry.register("module")(make("two.place"))
+    finally:
+        registry._REGISTERED.pop("place.Same", None)
+
+
+def test_unknown_names_list_the_nearest():
+    with pytest.raises(KeyError, match=r"trainer\.train"):
+        registry.find("trainer.trian")
+
+
+def test_help_and_list_import_no_torch():
+    for argv in (["--help"], ["list"]):
+        code = f"import sys; from repro import cli; cli.main({argv!r}); print('TORCH', 'torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "TORCH False" in done.stdout
