@@ -57,7 +57,9 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return [_pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"{path}: a {type(value).__name__} cannot be stored in a checkpoint; use tensors, numbers, strings, lists, dicts")
+    raise TypeError(
+        f"{path}: a {type(value).__name__} cannot be stored in a checkpoint; use tensors, numbers, strings, lists, dicts"
+    )
 
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -208,7 +210,9 @@ class Store:
             except CheckpointError as error:
                 complaints.append(str(error))
         if complaints:
-            raise CheckpointError("no usable checkpoint: " + "; ".join(complaints) + ". Remove the folder's checkpoints to start over.")
+            raise CheckpointError(
+                "no usable checkpoint: " + "; ".join(complaints) + ". Remove the folder's checkpoints to start over."
+            )
         return None
 
 
@@ -296,7 +300,9 @@ def load_model(
     ignored = tuple(k for k in state if k not in ours and k.endswith(ignore)) if ignore else ()
     theirs = {k: v for k, v in state.items() if k not in ignored}
     mismatched = tuple(
-        f"{k} (file {tuple(v.shape)}, model {tuple(ours[k].shape)})" for k, v in theirs.items() if k in ours and v.shape != ours[k].shape
+        f"{k} (file {tuple(v.shape)}, model {tuple(ours[k].shape)})"
+        for k, v in theirs.items()
+        if k in ours and v.shape != ours[k].shape
     )
     missing = tuple(k for k in ours if k not in theirs and not (allow and k.startswith(allow)))
     unexpected = tuple(k for k in theirs if k not in ours)

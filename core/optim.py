@@ -31,7 +31,9 @@ def parameter_groups(model: nn.Module, rules: Sequence[tuple[str, Mapping[str, f
     for position, (pattern, settings) in enumerate(rules):
         unknown = set(settings) - set(_SETTINGS)
         if unknown:
-            raise ValueError(f"rule {position} ({pattern!r}): unknown setting {sorted(unknown)[0]!r}; known: {', '.join(_SETTINGS)}")
+            raise ValueError(
+                f"rule {position} ({pattern!r}): unknown setting {sorted(unknown)[0]!r}; known: {', '.join(_SETTINGS)}"
+            )
         if "lr" in settings and "lr_scale" in settings:
             raise ValueError(f"rule {position} ({pattern!r}) sets both lr and lr_scale; choose one")
     for name, parameter in model.named_parameters():
@@ -43,7 +45,9 @@ def parameter_groups(model: nn.Module, rules: Sequence[tuple[str, Mapping[str, f
         found.setdefault(hits[0] if hits else len(rules), []).append((name, parameter))
     for position, hit in enumerate(matched):
         if not hit:
-            raise ValueError(f"parameter rule {rules[position][0]!r} matches no trainable parameter; remove it or mend the expression")
+            raise ValueError(
+                f"parameter rule {rules[position][0]!r} matches no trainable parameter; remove it or mend the expression"
+            )
     if not found:
         raise ValueError("the model has no trainable parameter")
     groups = []
@@ -86,7 +90,11 @@ def Adam(
 
 @register("optimizer", paper="Loshchilov and Hutter 2019", denylist=["params"])
 def AdamW(
-    params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01
+    params: Iterable[Any],
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay."""
     _positive("AdamW", lr=lr, eps=eps, weight_decay=weight_decay)

@@ -70,9 +70,13 @@ class Cosine:
     ):
         _fraction("Cosine.warmup", warmup)
         if warmup_start < 0 or floor < 0 or noise_pct < 0:
-            raise ValueError(f"schedules.Cosine: warmup_start, floor and noise_pct must be 0 or more, got {warmup_start}, {floor}, {noise_pct}")
+            raise ValueError(
+                f"schedules.Cosine: warmup_start, floor and noise_pct must be 0 or more, got {warmup_start}, {floor}, {noise_pct}"
+            )
         if warmup_mode == "ratio" and warmup_start > 1:
-            raise ValueError(f"schedules.Cosine.warmup_start is a ratio of the base rate here and must be in [0, 1], got {warmup_start}")
+            raise ValueError(
+                f"schedules.Cosine.warmup_start is a ratio of the base rate here and must be in [0, 1], got {warmup_start}"
+            )
         if noise_pct and per != "epoch":
             raise ValueError("schedules.Cosine.noise_pct is noise per epoch and needs per = 'epoch'")
         self.warmup, self.warmup_mode, self.warmup_start, self.floor = warmup, warmup_mode, warmup_start, floor

@@ -342,9 +342,9 @@ def train(
 
     with _Signals() as signals, progress:
         plain.train()
-        if length == 0:
+        if length == 0 and found is None:
             last = first = evaluate(0)
-        elif eval_first and done == 0:
+        elif eval_first and found is None:
             first = evaluate(0)
         batches = work.batches(done * accumulate, seed) if done < length else iter(())
         while done < length:
@@ -410,7 +410,9 @@ def _forward_backward(
             assert isinstance(total, Tensor)
             scaled = total if accumulate == 1 else total / accumulate
             (scaler.scale(scaled) if scaler.is_enabled() else scaled).backward()
-        results.append(StepResult({k: v.detach() for k, v in result.losses.items()}, {k: v.detach() for k, v in result.monitors.items()}))
+        results.append(
+            StepResult({k: v.detach() for k, v in result.losses.items()}, {k: v.detach() for k, v in result.monitors.items()})
+        )
     if accumulate == 1:
         return results[0]
     return StepResult(

@@ -16,8 +16,16 @@ from core import checkpoint
 def state(scale=1.0):
     torch.manual_seed(3)
     return {
-        "model": {"weight": torch.randn(5, 3) * scale, "scalar": torch.tensor(2.5), "none": torch.zeros(0, 4), "mask": torch.tensor([True, False])},
-        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}, 7: {"step": torch.tensor(4.0)}}, "groups": [{"betas": (0.9, 0.999), "lr": 1e-3}]},
+        "model": {
+            "weight": torch.randn(5, 3) * scale,
+            "scalar": torch.tensor(2.5),
+            "none": torch.zeros(0, 4),
+            "mask": torch.tensor([True, False]),
+        },
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0)}, 7: {"step": torch.tensor(4.0)}},
+            "groups": [{"betas": (0.9, 0.999), "lr": 1e-3}],
+        },
         "random": checkpoint.random_state(),
         "name": "é",
         "missing": None,
@@ -146,6 +154,7 @@ def test_killed_at_any_byte_of_the_write_leaves_the_last_complete_one(tmp_path):
     for part in [i / 19 for i in range(20)] + ["rename"]:
         child = os.fork()
         if child == 0:
+
             def write(handle, data, part=part):
                 handle.write(data if part == "rename" else data[: int(part * (len(data) - 1))])
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -43,7 +43,9 @@ def test_good_file_gives_effective_bindings(gin_file):
 
 def test_short_names_mean_the_same_run(gin_file):
     full = configs.read(gin_file(GOOD))
-    short = configs.read(gin_file(GOOD.replace("trainer.train.", "train.").replace("%STEPS", "10").replace("STEPS = 10\n", ""), "b.gin"))
+    short = configs.read(
+        gin_file(GOOD.replace("trainer.train.", "train.").replace("%STEPS", "10").replace("STEPS = 10\n", ""), "b.gin")
+    )
     assert full.signature == short.signature
 
 

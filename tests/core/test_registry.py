@@ -84,7 +84,11 @@ def test_the_static_index_agrees_with_what_importing_registers():
 
     outcomes = registry.load_all()
     assert all(isinstance(o, registry.Passport) for o in outcomes.values()), outcomes
-    registered = {n: c for n, c in registry.registered().items() if n in registry.index() or c.cls.__module__.startswith(("plugins.", "core."))}
+    registered = {
+        n: c
+        for n, c in registry.registered().items()
+        if n in registry.index() or c.cls.__module__.startswith(("plugins.", "core."))
+    }
     assert registered
     for name, component in registered.items():
         static = registry.find(name)
