@@ -84,7 +84,7 @@ def gather(x: Tensor) -> Tensor:
     """Concatenate over ranks along the first axis, in rank order and with gradient. Identity with one process.
 
     What couples the samples of a batch (batch norm, mining of triplets, contrastive pairs) gathers first and then
-    computes on the global batch on every rank.
+    computes on the global batch on every rank. Inside a model, gather in training mode only: every rank evaluates all data.
     """
     if world() == 1:
         return x
