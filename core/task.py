@@ -122,6 +122,17 @@ class Task:
         """
         raise NotImplementedError
 
+    def blueprint(self) -> nn.Module:
+        """The model at its published size, built without any data (the published number of identities, say).
+
+        This is what `repro profile` counts where the data are not at hand. Default: `model()`.
+        """
+        return self.model()
+
+    def unpruned(self) -> nn.Module | None:
+        """The same model without what drops or merges tokens, to compare with; None where nothing is dropped."""
+        return None
+
     def expected(self) -> Mapping[str, float]:
         """Published values of this configuration by metric name, for tables and the claims ledger."""
         return {}

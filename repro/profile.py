@@ -1,0 +1,99 @@
+"""FLOPs by operator and module, parameters, activation memory, latency and peak memory of a configured model.
+
+    repro profile --gin gin/sdtps_rgbnt.gin                 the model of a config, on this machine
+    repro profile --gin gin/sdtps/rgbnt201.gin --count      count only, without weights or data (meta device)
+
+Counts are exact multiply-accumulates (MACs); FLOPs are twice that. An operator that multiplies matrices and has no formula is
+an error, not a zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from core import config as configs
+from core import record
+from repro import show
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gin", required=True, metavar="FILE", help="a gin file: a path, gin/NAME.gin, or PLUGIN:FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="overrides", help="override a macro or a parameter (repeatable)")
+    parser.add_argument("--count", action="store_true", help="count only, on the meta device: no weights, no data, no timing")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="samples in the profiled batch (default 1)")
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="timed forwards (default 10)")
+    parser.add_argument("--depth", type=int, default=2, metavar="N", help="levels of the module tree to print (default 2)")
+    parser.add_argument("--json", metavar="FILE", help="also write the profile as JSON")
+    parser.add_argument("--allow-import", action="store_true", help="let the gin file import modules outside the plugins")
+
+
+def build(config: configs.Config) -> Any:
+    """The task of a config, without its data."""
+    configs.apply(config)
+    bound = config.get(f"{configs.TRAIN}.task")
+    if not isinstance(bound, configs.Reference):
+        raise ValueError(f"{config.file} binds no trainer.train.task, so there is nothing to profile")
+    return configs.configured(bound.name)()
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    config = configs.read(args.gin, args.overrides, allow_imports=args.allow_import)
+    task = build(config)
+    import torch
+
+    with torch.device("meta" if args.count else "cpu"):
+        model = task.blueprint()
+        found = of_task(task, model, batch=args.batch, repeats=args.repeats, timed=not args.count)
+    from core.profile import Profile
+
+    profile = Profile.from_dict(found["model"])
+    for table in profile.tables(depth=args.depth):
+        show.table(table.title, list(table.columns), [list(r) for r in table.rows], table.note)
+    for table in found.get("compression", {}).get("tables", []):
+        show.table(table["title"], table["columns"], table["rows"], table["note"])
+    if args.json:
+        record.write_json(Path(args.json), found)
+    return 0
+
+
+def of_task(task: Any, model: Any, *, batch: int = 1, repeats: int = 5, timed: bool = True) -> dict[str, Any]:
+    """The profile of a task's model as plain data, with the comparison to the unpruned model where the task has one.
+
+    Raises:
+        NotImplementedError: if the task names no inputs.
+        core.profile.UncountedOperatorError: if an operator that multiplies matrices has no formula.
+    """
+    import torch
+
+    from core import data, profile
+
+    device = next(model.parameters()).device
+    inputs = data.to_device(task.profile_inputs(batch), device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            after = profile.profile(model, inputs, repeats=repeats, timed=timed)
+            found: dict[str, Any] = {"model": after.to_dict()}
+            bare = task.unpruned()
+            if bare is not None:
+                before = profile.profile(bare.to(device).eval(), inputs, repeats=repeats, timed=timed)
+                compared = profile.compression(before, after)
+                found["unpruned"] = before.to_dict()
+                found["compression"] = {
+                    **compared.to_dict(),
+                    "tables": [{"title": t.title, "columns": list(t.columns), "rows": [list(r) for r in t.rows], "note": t.note} for t in compared.tables()],
+                }
+    finally:
+        model.train(training)
+    return found
+
+
+if __name__ == "__main__":
+    from repro.cli import verb
+
+    raise SystemExit(verb("profile"))
