@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import tokenize
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -270,8 +272,8 @@ class _Reader:
         except SyntaxError as error:
             line = f":{error.lineno}" if error.lineno and source is None else ""
             self.problems.append(f"{source or label}{'' if source else line}: {str(error.msg).strip()}")
-        except ValueError as error:
-            self.problems.append(f"{source or label}: {error}")
+        except (ValueError, tokenize.TokenError) as error:  # the tokenizer's own error: a bracket that is never closed
+            self.problems.append(f"{source or label}: {error.args[0]}")
 
     def include(self, name: str, where: str, folder: Path, chain: tuple[Path, ...]) -> None:
         try:
@@ -336,6 +338,85 @@ class _Reader:
             return {self.full(k, where): self.full(v, where) for k, v in value.items()}
         return value
 
+    def bindings(self) -> list[Binding]:
+        """Everything bound, in order, with the references of macros in full names too."""
+        return [dataclasses.replace(b, value=self.full(b.value, b.source)) if b.is_macro else b for b, _ in self.statements]
+
+
+@dataclasses.dataclass
+class Draft:
+    """A gin file that is read and not yet checked as a whole: what the configs of a sweep share.
+
+    A draft may still lack required values, which overrides supply. Each override is parsed once, however many of the
+    configs use it.
+    """
+
+    file: str
+    path: Path
+    files: tuple[str, ...]
+    bindings: dict[str, Binding]
+    shadowed: dict[str, list[Binding]]
+    problems: list[str]
+    allow_imports: bool = False
+    _parsed: dict[str, tuple[list[Binding], list[str]]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def config(self, overrides: Sequence[str] = ()) -> Config:
+        """The checked config with these overrides on top.
+
+        Raises:
+            ConfigError: with every problem at once, as `read`.
+        """
+        winning = dict(self.bindings)
+        shadowed = {key: list(old) for key, old in self.shadowed.items()}
+        problems = list(self.problems)
+        seen: dict[str, str] = {}
+        for override in overrides:
+            found, said = self._override(override)
+            problems += said
+            for binding in found:
+                if binding.key in seen:
+                    problems.append(f"{binding.source}: {binding.key} is already set by {seen[binding.key]}; give it once")
+                seen[binding.key] = binding.source
+                if binding.key in winning:
+                    shadowed.setdefault(binding.key, []).append(winning[binding.key])
+                winning[binding.key] = binding
+        config = Config(self.file, tuple(overrides), winning, shadowed, self.files)
+        problems += _check_macros(config) + _check_types(config)
+        if problems:
+            raise ConfigError(list(dict.fromkeys(problems)))
+        return config
+
+    def _override(self, override: str) -> tuple[list[Binding], list[str]]:
+        if override not in self._parsed:
+            label = f"--set {override}"
+            name, equals, value = override.partition("=")
+            if not equals or not name.strip():
+                self._parsed[override] = [], [f"{label}: want NAME=VALUE, e.g. --set train.steps=100"]
+            else:
+                reader = _Reader(self.allow_imports)
+                text = f"{name.strip()} = {_quoted(value.strip())}\n"
+                reader.parse(text, label, self.path.parent, (self.path.resolve(),), source=label)
+                self._parsed[override] = reader.bindings(), reader.problems
+        return self._parsed[override]
+
+
+def draft(file: str, *, allow_imports: bool = False) -> Draft:
+    """Read a gin file and what it includes; the whole is checked by `Draft.config`.
+
+    Raises:
+        ConfigError: if there is no such file.
+    """
+    path = locate(file)
+    reader = _Reader(allow_imports)
+    reader.file(path)
+    winning: dict[str, Binding] = {}
+    shadowed: dict[str, list[Binding]] = {}
+    for binding in reader.bindings():
+        if binding.key in winning:
+            shadowed.setdefault(binding.key, []).append(winning[binding.key])
+        winning[binding.key] = binding
+    return Draft(str(file), path, tuple(reader.files), winning, shadowed, reader.problems, allow_imports)
+
 
 def read(file: str, overrides: Sequence[str] = (), *, allow_imports: bool = False) -> Config:
     """Read and check a gin file with `--set` overrides, without importing a plugin or torch.
@@ -349,43 +430,55 @@ def read(file: str, overrides: Sequence[str] = (), *, allow_imports: bool = Fals
         ConfigError: with every problem at once: syntax, unknown names (with the nearest), wrong types, duplicates,
             include cycles and escapes, imports, unknown, unused and required macros.
     """
-    path = locate(file)
-    reader = _Reader(allow_imports)
-    reader.file(path)
-    seen: dict[str, str] = {}
-    for override in overrides:
-        label = f"--set {override}"
-        name, equals, value = override.partition("=")
-        if not equals or not name.strip():
-            reader.problems.append(f"{label}: want NAME=VALUE, e.g. --set train.steps=100")
+    return draft(file, allow_imports=allow_imports).config(overrides)
+
+
+def read_keys(path: Path, annotations: Mapping[str, str]) -> dict[str, Any]:
+    """Read a file of upper-case keys in gin syntax (`TIME = 60`), which configures something other than components.
+
+    Args:
+        path: the file.
+        annotations: the keys there are, each with the type of its value as source text.
+
+    Raises:
+        ConfigError: with every problem at once: syntax, unknown keys (with the nearest), duplicates, wrong types, and
+            anything that is not a key (bindings, references, macros, imports, includes).
+    """
+    problems: list[str] = []
+    found: dict[str, Any] = {}
+    try:
+        statements = list(config_parser.ConfigParser(path.read_text(encoding="utf-8"), _Delegate()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+    except SyntaxError as error:
+        raise ConfigError([f"{path}{f':{error.lineno}' if error.lineno else ''}: {str(error.msg).strip()}"]) from None
+    except (ValueError, tokenize.TokenError) as error:
+        raise ConfigError([f"{path}: {error.args[0]}"]) from None
+    for statement in statements:
+        where = f"{path}:{statement.location.line_num}"
+        if not isinstance(statement, config_parser.BindingStatement) or statement.arg_name or statement.scope:
+            problems.append(f"{where}: only keys stand here: {', '.join(annotations)}")
             continue
-        name = name.strip()
-        before = len(reader.statements)
-        reader.parse(f"{name} = {_quoted(value.strip())}\n", label, path.parent, (path.resolve(),), source=label)
-        for binding, _ in reader.statements[before:]:
-            if binding.key in seen:
-                reader.problems.append(f"{label}: {binding.key} is already set by {seen[binding.key]}; give it once")
-            seen[binding.key] = label
-    winning: dict[str, Binding] = {}
-    shadowed: dict[str, list[Binding]] = {}
-    for binding, _ in reader.statements:
-        if binding.is_macro:
-            binding = dataclasses.replace(binding, value=reader.full(binding.value, binding.source))
-        if binding.key in winning:
-            shadowed.setdefault(binding.key, []).append(winning[binding.key])
-        winning[binding.key] = binding
-    config = Config(str(file), tuple(overrides), winning, shadowed, tuple(reader.files))
-    problems = reader.problems + _check_macros(config) + _check_types(config)
+        key, value = statement.selector, statement.value
+        if key not in annotations:
+            near = registry.nearest(key, annotations)
+            problems.append(f"{where}: no key {key!r}; {'nearest' if near else 'there are'}: {', '.join(near or annotations)}")
+        elif key in found:
+            problems.append(f"{where}: {key} is given twice; remove one")
+        elif any(isinstance(v, (Reference, Macro)) for v in _walk(value)) or not accepts(annotations[key], value):
+            problems.append(f"{where}: {key} must be {annotations[key]}, got {format_value(value)} ({type(value).__name__})")
+        else:
+            found[key] = value
     if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    return config
+        raise ConfigError(problems)
+    return found
 
 
 def _quoted(text: str) -> str:
     """A value from the command line as gin text: itself where it parses, else a string."""
     try:
         config_parser.ConfigParser(f"x = {text}\n", _Delegate()).parse_statement()
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, tokenize.TokenError):
         return repr(text)
     return text
 
@@ -442,10 +535,16 @@ def accepts(annotation: str | None, value: Any) -> bool:
     """Whether a gin value fits an annotation given as source text. What cannot be decided is accepted."""
     if annotation is None or isinstance(value, Macro):
         return True
+    node = _annotation(annotation)
+    return node is None or _fits(node, value)
+
+
+@functools.cache
+def _annotation(text: str) -> ast.expr | None:
     try:
-        return _fits(ast.parse(annotation, mode="eval").body, value)
+        return ast.parse(text, mode="eval").body
     except SyntaxError:
-        return True
+        return None
 
 
 def _fits(node: ast.expr, value: Any) -> bool:
