@@ -133,6 +133,10 @@ class Task:
         """The same model without what drops or merges tokens, to compare with; None where nothing is dropped."""
         return None
 
+    def profile_scopes(self) -> Mapping[str, tuple[str | None, str | None]]:
+        """Parts to compare beside the whole: label -> (module name in `unpruned()`, module name in the model), None where absent."""
+        return {}
+
     def expected(self) -> Mapping[str, float]:
         """Published values of this configuration by metric name, for tables and the claims ledger."""
         return {}

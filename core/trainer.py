@@ -469,7 +469,7 @@ def _better(now: Mapping[str, float], best: Mapping[str, Any], select: str | Non
 
 def _check_identity(then: Mapping[str, Any], now: Mapping[str, Any], path: Any) -> None:
     if then["parameters"] != now["parameters"]:
-        a, b = dict(map(tuple, map(_entry, then["parameters"]))), dict(map(tuple, map(_entry, now["parameters"])))
+        a, b = ({str(n): "×".join(map(str, shape)) or "scalar" for n, shape in side["parameters"]} for side in (then, now))
         changed = [k for k in {**a, **b} if a.get(k) != b.get(k)]
         raise checkpoint.CheckpointError(
             f"{path} is of another model: {len(changed)} parameters differ, e.g. {changed[0]} "
@@ -480,10 +480,6 @@ def _check_identity(then: Mapping[str, Any], now: Mapping[str, Any], path: Any) 
             raise checkpoint.CheckpointError(
                 f"{path} belongs to a run with {name} {then[name]}, this one has {now[name]}. Use another --out, or --fresh."
             )
-
-
-def _entry(pair: list[Any]) -> tuple[str, str]:
-    return pair[0], "×".join(map(str, pair[1])) or "scalar"
 
 
 def _all_random_states() -> list[Any]:

@@ -20,7 +20,14 @@ from repro import show
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gin", required=True, metavar="FILE", help="a gin file: a path, gin/NAME.gin, or PLUGIN:FILE")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="overrides", help="override a macro or a parameter (repeatable)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="overrides",
+        help="override a macro or a parameter (repeatable)",
+    )
     parser.add_argument("--count", action="store_true", help="count only, on the meta device: no weights, no data, no timing")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="samples in the profiled batch (default 1)")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="timed forwards (default 10)")
@@ -48,16 +55,26 @@ def main(args: argparse.Namespace) -> int:
     with torch.device("meta" if args.count else "cpu"):
         model = task.blueprint()
         found = of_task(task, model, batch=args.batch, repeats=args.repeats, timed=not args.count)
-    from core.profile import Profile
+    from rich.console import Console
 
-    profile = Profile.from_dict(found["model"])
-    for table in profile.tables(depth=args.depth):
-        show.table(table.title, list(table.columns), [list(r) for r in table.rows], table.note)
-    for table in found.get("compression", {}).get("tables", []):
-        show.table(table["title"], table["columns"], table["rows"], table["note"])
+    from core.profile import Compression, Profile
+
+    console = Console(width=None if record.interactive() else 132)
+    for table in Profile.from_dict(found["model"]).tables(depth=args.depth):
+        console.print(table)
+    if "compression" in found:
+        _compression(Compression.from_dict(found["compression"]))
     if args.json:
         record.write_json(Path(args.json), found)
     return 0
+
+
+def _compression(found: Any) -> None:
+    """Tokens and costs without and with token reduction, and whether the promise is seen in latency."""
+    if found.tokens:
+        show.table("tokens", ["module", "stage", "tokens", "of tokens in", "over inputs"], [list(r) for r in found.token_rows()])
+    show.table("token reduction", ["", f"before: {found.before}", f"after: {found.after}", "after / before"], [list(r) for r in found.rows()])
+    print(found.verdict)
 
 
 def of_task(task: Any, model: Any, *, batch: int = 1, repeats: int = 5, timed: bool = True) -> dict[str, Any]:
@@ -82,12 +99,8 @@ def of_task(task: Any, model: Any, *, batch: int = 1, repeats: int = 5, timed: b
             bare = task.unpruned()
             if bare is not None:
                 before = profile.profile(bare.to(device).eval(), inputs, repeats=repeats, timed=timed)
-                compared = profile.compression(before, after)
                 found["unpruned"] = before.to_dict()
-                found["compression"] = {
-                    **compared.to_dict(),
-                    "tables": [{"title": t.title, "columns": list(t.columns), "rows": [list(r) for r in t.rows], "note": t.note} for t in compared.tables()],
-                }
+                found["compression"] = profile.compression(before, after, scopes=task.profile_scopes()).to_dict()
     finally:
         model.train(training)
     return found
