@@ -29,6 +29,12 @@ def inference() -> bool:
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 class Heads(NamedTuple):
     """Keys and values, projected and cut into heads."""
 

@@ -27,7 +27,7 @@ def logit(x: Float[Tensor, "*n"], floor: float = LOGIT_FLOOR) -> Float[Tensor, "
     return torch.log(x.clamp(min=floor) / (1 - x).clamp(min=floor))
 
 
-def iou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
+def iou(a: Float[Tensor, "*#n 4"], b: Float[Tensor, "*#n 4"]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
     """IoU and generalised IoU of boxes given by corners, pair by pair with broadcasting.
 
     Boxes without area (or inverted ones, whose area counts as zero) have IoU 0 with everything; nothing divides by zero.

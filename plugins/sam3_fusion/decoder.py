@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from core.registry import register
-from plugins.sam3_fusion.attention import Activation, Attention, FeedForward, Heads, Mlp, inference
+from plugins.sam3_fusion.attention import Activation, Attention, FeedForward, Heads, Mlp, autocasting, inference
 from plugins.sam3_fusion.boxes import corners, logit
 from plugins.sam3_fusion.positions import box_positions
 
@@ -100,7 +100,7 @@ class ImageAttention(Attention):
         self, query: Float[Tensor, "b s d"], given: Heads, bias: Bias | None, image_pad: Bool[Tensor, "b n"] | None
     ) -> Float[Tensor, "b s d"]:
         """As `attend`; in inference head by head, so that one head's logits are made, normalised and used in the cache."""
-        if bias is None or image_pad is not None or not inference() or torch.is_autocast_enabled(query.device.type):
+        if bias is None or image_pad is not None or not inference() or autocasting(query):
             return self.attend(query, given, image_pad, None if bias is None else bias.full())
         q = self.split(self.q_proj(query)) * given.key.shape[-1] ** -0.5
         batch, heads, rows, _ = q.shape
@@ -150,7 +150,7 @@ class DecoderBlock(nn.Module):
         if self.prompt_attn is not None and self.prompt_norm is not None:
             y = self.prompt_norm(y + self.drop(self.prompt_attn(y + u, prompt, prompt, pad)))
         y = self.image_norm(y + self.drop(self.image_attn.look(y + u, image, bias, image_pad)))
-        if torch.is_autocast_enabled(y.device.type):
+        if autocasting(y):
             with torch.autocast(y.device.type, enabled=False):
                 return self.ffn_norm(y.float() + self.drop(self.ffn(y.float())))
         return self.ffn_norm(y + self.drop(self.ffn(y)))
@@ -328,7 +328,7 @@ class QueryDecoder(nn.Module):
 
         def project(x: Tensor, linears: list[nn.Linear]) -> Tensor:
             weight, bias = torch.cat([m.weight for m in linears]), torch.cat([m.bias for m in linears])
-            if inference() and not torch.is_autocast_enabled(x.device.type):  # channels first: heads come out apart, uncopied
+            if inference() and not autocasting(x):  # channels first: heads come out apart, uncopied
                 wide = torch.baddbmm(rearrange(bias, "c -> 1 c 1"), weight.expand(x.shape[0], -1, -1), x.mT)
                 return rearrange(wide, "b (layers h e) n -> layers b h n e", layers=len(linears), h=heads)
             return rearrange(

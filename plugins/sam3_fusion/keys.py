@@ -123,7 +123,7 @@ class OriginalKeys:
                 packed.setdefault((found[1], found[3]), {})[found[2]] = value
         for (attention, kind), parts in packed.items():
             if set(parts) != set("qkv"):
-                raise KeyError(f"{attention} has only {', '.join(sorted(parts))} of the {kind}s of its q, k and v projections")
+                raise KeyError(f"{attention} needs the {kind} of its q, k and v projections, got {', '.join(sorted(parts))}")
             renamed[f"{attention}.in_proj_{kind}"] = torch.cat([parts[p] for p in "qkv"])
         return {k.removeprefix(self.theirs): v for k, v in renamed.items()}
 
