@@ -82,7 +82,7 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[key]
         digest.update(f"{key}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

@@ -50,9 +50,9 @@ def parameter_groups(model: nn.Module, rules: Sequence[tuple[str, Mapping[str, f
             )
     if not found:
         raise ValueError("the model has no trainable parameter")
-    groups = []
+    groups: Groups = []
     for position in sorted(found):
-        pattern, settings = rules[position] if position < len(rules) else ("rest", {})
+        pattern, settings = rules[position] if position < len(rules) else ("rest", dict[str, float]())
         groups.append({
             "params": [p for _, p in found[position]], "name": pattern, "names": [n for n, _ in found[position]], **settings,
         })  # fmt: skip
@@ -63,7 +63,7 @@ def _resolve(params: Iterable[Any], lr: float) -> tuple[Groups, bool]:
     """Groups with absolute rates, and whether the fused kernels can be used (all parameters float on one device type)."""
     groups: Groups = []
     for entry in params:
-        group = dict(entry) if isinstance(entry, Mapping) else {"params": [entry]}
+        group: dict[str, Any] = dict(entry) if isinstance(entry, Mapping) else {"params": [entry]}
         if "lr_scale" in group:
             group["lr"] = lr * group.pop("lr_scale")
         groups.append(group)
@@ -85,7 +85,7 @@ def Adam(
     """Adam with L2 regularisation coupled into the gradient."""
     _positive("Adam", lr=lr, eps=eps, weight_decay=weight_decay)
     groups, fused = _resolve(params, lr)
-    return torch.optim.Adam(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
+    return torch.optim.Adam(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=fused)
 
 
 @register("optimizer", paper="Loshchilov and Hutter 2019", denylist=["params"])
@@ -99,7 +99,7 @@ def AdamW(
     """Adam with decoupled weight decay."""
     _positive("AdamW", lr=lr, eps=eps, weight_decay=weight_decay)
     groups, fused = _resolve(params, lr)
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=fused)
 
 
 @register("optimizer", denylist=["params"])

@@ -470,16 +470,14 @@ def load_plugin(name: str, *, limit_s: float = IMPORT_LIMIT_S) -> Passport:
         _FAILED[name] = error
         raise
     except _ImportTimeout:
-        error = PluginError(name, plugin.distribution, f"its import took longer than {limit_s:g} s")
-        _FAILED[name] = error
-        raise error from None
+        _FAILED[name] = PluginError(name, plugin.distribution, f"its import took longer than {limit_s:g} s")
+        raise _FAILED[name] from None
     except (Exception, SystemExit) as cause:
         frames = traceback.extract_tb(cause.__traceback__)
         where = next((f" at {f.filename}:{f.lineno}" for f in reversed(frames) if str(plugin.folder) in f.filename), "")
         said = f"exited with {cause.code!r}" if isinstance(cause, SystemExit) else f"{type(cause).__name__}: {cause}"
-        error = PluginError(name, plugin.distribution, f"{said}{where}")
-        _FAILED[name] = error
-        raise error from cause
+        _FAILED[name] = PluginError(name, plugin.distribution, f"{said}{where}")
+        raise _FAILED[name] from cause
     finally:
         _LOADING.pop()
     names = tuple(sorted(n for n in _REGISTERED if n.startswith(name + ".")))

@@ -281,7 +281,10 @@ def train(
     # Resume, or start.
     store = checkpoint.Store(run.path / "checkpoints", keep)
     identity = {"parameters": [[n, list(p.shape)] for n, p in plain.named_parameters()], "seed": seed, "length": length}
-    done, first, best, last = 0, {}, {"step": -1, "metrics": {}}, {}  # type: ignore[var-annotated]
+    done = 0
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    best: dict[str, Any] = {"step": -1, "metrics": {}}
     found = store.newest()
     if found is not None:
         done, state, complaints = found
@@ -337,7 +340,7 @@ def train(
                 "task": work.state(), "random": randoms, "threads": torch.get_num_threads(), "first": first, "best": best,
                 "last": last, "metrics_bytes": run.flush(),
             }  # fmt: skip
-            store.save(step, state, best=best["step"] if best["step"] >= 0 else None)  # type: ignore[arg-type]
+            store.save(step, state, best=best["step"] if best["step"] >= 0 else None)
         distributed.barrier()
 
     with _Signals() as signals, progress:
@@ -380,7 +383,7 @@ def train(
                 guard.read(plain)
                 log.flush()
                 save(done)
-    return Outcome(done, last, best["metrics"], int(best["step"]), first)  # type: ignore[call-overload]
+    return Outcome(done, last, best["metrics"], int(best["step"]), first)
 
 
 def _forward_backward(

@@ -47,10 +47,11 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(
             f"repro data {args.action} wants NAME and --root DIR; known names: {', '.join(n.replace('_', '-') for n in sorted(known))}"
         )
-    component = known.get(args.name.replace("-", "_"))
-    if component is None:
-        near = registry.nearest(args.name.replace("-", "_"), known) or sorted(known)
+    wanted = args.name.replace("-", "_")
+    if wanted not in known:
+        near = registry.nearest(wanted, known) or sorted(known)
         raise KeyError(f"nothing called {args.name!r} to {args.action}; nearest: {', '.join(n.replace('_', '-') for n in near)}")
+    component = known[wanted]
     options = _options(component, args.options)
     registry.load_component(component.name)
     function = registry.registered()[component.name].cls

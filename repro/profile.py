@@ -73,7 +73,11 @@ def _compression(found: Any) -> None:
     """Tokens and costs without and with token reduction, and whether the promise is seen in latency."""
     if found.tokens:
         show.table("tokens", ["module", "stage", "tokens", "of tokens in", "over inputs"], [list(r) for r in found.token_rows()])
-    show.table("token reduction", ["", f"before: {found.before}", f"after: {found.after}", "after / before"], [list(r) for r in found.rows()])
+    show.table(
+        "token reduction",
+        ["", f"before: {found.before}", f"after: {found.after}", "after / before"],
+        [list(r) for r in found.rows()],
+    )
     print(found.verdict)
 
 
