@@ -1,0 +1,1 @@
+"""The field's standard protocols, one module a field."""
