@@ -1,0 +1,208 @@
+"""SDTPS over several modalities: each keeps the tokens that its own and the other modalities' global features point at.
+
+SEPS, sec. 3 (eq. 1-4), with the two captions replaced by two further spectra (RGB, NIR, TIR). Axes: b batch, n patch tokens,
+k kept tokens, t output tokens, c channels, g guides.
+
+    128 patches -> 64 kept -> 25 aggregated + 1 extra, at the default ratios, for each modality
+
+SDTPS stands after the backbone: it shortens what the head reads, and adds to the cost of the whole network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from core.registry import register
+from plugins.sdtps.token_aggregation import TokenAggregation
+from plugins.sdtps.token_sparse import Selection, Similarity, TokenSparse, attention_maps, require_choice, select
+
+
+@dataclasses.dataclass(frozen=True)
+class Enhanced:
+    """What each modality's tokens became, by modality name.
+
+    Attributes:
+        tokens: (b, t, c) aggregated tokens with the extra token last.
+        masks: (b, n) the decision matrix D over the patches.
+        kept: (b, k) positions of the kept patches, best first; empty where a soft mask keeps all of them.
+    """
+
+    tokens: dict[str, Float[Tensor, "b t c"]]
+    masks: dict[str, Float[Tensor, "b n"]]
+    kept: dict[str, Int[Tensor, "b k"]]
+
+
+def check_inputs(
+    modalities: tuple[str, ...], num_patches: int, patches: Mapping[str, Tensor], guides: Mapping[str, Tensor] | None
+) -> None:
+    """ValueError unless patches and guides name exactly the modalities and every modality has `num_patches` tokens."""
+    for role, given in (("patches", patches), ("guides", guides)):
+        if given is not None and set(given) != set(modalities):
+            raise ValueError(f"{role} are given for {', '.join(given)}; this module was built for {', '.join(modalities)}")
+    for name, tokens in patches.items():
+        if tokens.shape[1] != num_patches:
+            raise ValueError(
+                f"{name} has {tokens.shape[1]} patch tokens (shape {tuple(tokens.shape)}), and this module was built for "
+                f"num_patches = {num_patches}; take the number from the backbone's output, not from the image size"
+            )
+
+
+@register("module", paper="SEPS, sec. 3", equations="eq. 1-4")
+class MultiModalSDTPS(nn.Module):
+    """Token selection and aggregation for every modality, each guided by all of them. No parameters are shared.
+
+    Args:
+        dim: channels c of tokens and guides.
+        num_patches: n, tokens of a modality; taken from the backbone, checked at every call.
+        modalities: their names; outputs and parameters are filed under them.
+        sparse: constructor of the selection, called with `dim`.
+        aggregate: constructor of the aggregation, called with `dim`, `num_patches` and the selection's `sparse_ratio`;
+            None passes the kept tokens on.
+        guide: what the attention maps compare tokens with: the `global` features given to `forward`, or the `mean_patch`,
+            the mean of a modality's own tokens (SEPS), which lives in the tokens' own space.
+        similarity: `cosine`, or `dot`: the product over c, as SEPS's paper writes it.
+        attention_no_grad: compute the attention maps without gradient, so that guides learn nothing from the selection.
+
+    Raises:
+        ValueError: if fewer than two modalities are named, one is named twice, or an aggregation is to follow a selection that keeps
+            all tokens in place.
+    """
+
+    def __init__(
+        self,
+        dim: int = 512,
+        num_patches: int = 128,
+        modalities: tuple[str, ...] = ("rgb", "nir", "tir"),
+        *,
+        sparse: Callable[..., nn.Module] = TokenSparse,
+        aggregate: Callable[..., nn.Module] | None = TokenAggregation,
+        guide: Literal["global", "mean_patch"] = "global",
+        similarity: Literal["cosine", "dot"] = "cosine",
+        attention_no_grad: bool = True,
+    ):
+        super().__init__()
+        if len(modalities) < 2 or len(set(modalities)) < len(modalities):
+            raise ValueError(f"modalities must be at least two different names, got {modalities}")
+        require_choice("guide", guide, Literal["global", "mean_patch"])
+        require_choice("similarity", similarity, Similarity)
+        self.modalities, self.num_patches = tuple(modalities), num_patches
+        self.guide, self.attention_no_grad = guide, attention_no_grad
+        self.similarity: Similarity = similarity
+        self.sparse = nn.ModuleDict({name: sparse(dim=dim) for name in self.modalities})
+        first = self.selectors[0]
+        if aggregate is not None and first.selection == "in_place":
+            raise ValueError("selection = 'in_place' keeps all tokens, dropped ones as zeros; set MultiModalSDTPS.aggregate = None")
+        self.aggregate = None
+        if aggregate is not None:
+            ratio = first.sparse_ratio
+            self.aggregate = nn.ModuleDict(
+                {name: aggregate(dim=dim, num_patches=num_patches, sparse_ratio=ratio) for name in self.modalities}
+            )
+
+    @property
+    def selectors(self) -> list[TokenSparse]:
+        return [cast(TokenSparse, self.sparse[name]) for name in self.modalities]
+
+    @property
+    def num_out(self) -> int:
+        """Tokens a modality leaves with, the extra token included."""
+        first = self.selectors[0]
+        extra = int(first.extra_mode != "none")
+        if self.aggregate is not None:
+            return cast(TokenAggregation, self.aggregate[self.modalities[0]]).num_out + extra
+        return self.num_patches if first.selection == "in_place" else first.kept_count(self.num_patches) + extra
+
+    def forward(
+        self,
+        patches: Mapping[str, Float[Tensor, "b n c"]],
+        guides: Mapping[str, Float[Tensor, "b c"]] | None = None,
+        uniforms: Mapping[str, Float[Tensor, "b n"]] | None = None,
+    ) -> Enhanced:
+        """Select and aggregate.
+
+        Args:
+            patches: patch tokens by modality.
+            guides: global features by modality; not needed, and ignored, with `guide="mean_patch"`.
+            uniforms: draws from [0, 1) behind the Gumbel noise, by modality; drawn here if None.
+
+        Raises:
+            ValueError: if modalities or shapes do not fit, or guides are missing.
+        """
+        check_inputs(self.modalities, self.num_patches, patches, None if self.guide == "mean_patch" else guides)
+        chosen = self.choose(patches, guides, uniforms)
+        tokens = {}
+        for name, selection in chosen.items():
+            kept = selection.tokens
+            if self.aggregate is not None:
+                kept = self.aggregate[name](kept, selection.kept_mask)
+            tokens[name] = kept if selection.extra is None else torch.cat([kept, selection.extra], 1)
+        return Enhanced(tokens, {m: s.mask for m, s in chosen.items()}, {m: s.kept for m, s in chosen.items()})
+
+    def choose(
+        self,
+        patches: Mapping[str, Float[Tensor, "b n c"]],
+        guides: Mapping[str, Float[Tensor, "b c"]] | None = None,
+        uniforms: Mapping[str, Float[Tensor, "b n"]] | None = None,
+    ) -> dict[str, Selection]:
+        """The first half of `forward`: what is kept of each modality, before aggregation."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.attention_no_grad):
+            if self.guide == "mean_patch":
+                guides = {name: patches[name].mean(1) for name in self.modalities}
+            if guides is None:
+                raise ValueError("guides are needed with guide = 'global': one (b, c) feature for each modality")
+            maps = []
+            for name in self.modalities:
+                others = [guides[other] for other in self.modalities if other != name]
+                maps.append(attention_maps(patches[name], torch.stack([guides[name], *others], 1), self.similarity))
+        draws = None if uniforms is None else [uniforms[name] for name in self.modalities]
+        return dict(zip(self.modalities, select(self.selectors, [patches[name] for name in self.modalities], maps, draws)))
+
+    @torch.no_grad()
+    def train_evaluation_gap(
+        self, patches: Mapping[str, Float[Tensor, "b n c"]], guides: Mapping[str, Float[Tensor, "b c"]] | None = None
+    ) -> dict[str, Tensor]:
+        """How far the output in training mode is from that in evaluation mode on the same input, by modality.
+
+        |train - eval| / |eval|, Euclidean over all output tokens. 0 for a selection that is hard in both modes; not 0 for
+        `selection="relaxed"` and `extra_mode="uniform_in_training"`. Gumbel noise is drawn as in training.
+        """
+        mode = self.training
+        try:
+            soft, hard = self.train()(patches, guides), self.eval()(patches, guides)
+        finally:
+            self.train(mode)
+        return {m: (soft.tokens[m] - hard.tokens[m]).norm() / hard.tokens[m].norm() for m in self.modalities}
+
+
+class ReferenceKeys:
+    """Our state-dict keys in the release: `sparse.rgb.x` is `rgb_sparse.x`, `aggregate.rgb.x` is `rgb_aggr.x`.
+
+    Args:
+        prefix: what stands before them in a checkpoint of the whole model: `sdtps.` there, nothing in one of the module.
+            Keys of a checkpoint that do not begin with it are left out by `from_reference`.
+    """
+
+    def __init__(self, prefix: str = ""):
+        self.prefix = prefix
+
+    def to_reference(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        renamed = {}
+        for key, value in ours.items():
+            role, modality, rest = key.split(".", 2)
+            renamed[f"{self.prefix}{modality}_{'sparse' if role == 'sparse' else 'aggr'}.{rest}"] = value
+        return renamed
+
+    def from_reference(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        renamed = {}
+        for key, value in theirs.items():
+            if key.startswith(self.prefix):
+                part, rest = key[len(self.prefix) :].split(".", 1)
+                modality, role = part.rsplit("_", 1)
+                renamed[f"{'sparse' if role == 'sparse' else 'aggregate'}.{modality}.{rest}"] = value
+        return renamed
