@@ -394,7 +394,7 @@ class Draft:
                 self._parsed[override] = [], [f"{label}: want NAME=VALUE, e.g. --set train.steps=100"]
             else:
                 reader = _Reader(self.allow_imports)
-                text = f"{name.strip()} = {_quoted(value.strip())}\n"
+                text = f"{name.strip()} = {quoted(value.strip())}\n"
                 reader.parse(text, label, self.path.parent, (self.path.resolve(),), source=label)
                 self._parsed[override] = reader.bindings(), reader.problems
         return self._parsed[override]
@@ -444,18 +444,25 @@ def read_keys(path: Path, annotations: Mapping[str, str]) -> dict[str, Any]:
         ConfigError: with every problem at once: syntax, unknown keys (with the nearest), duplicates, wrong types, and
             anything that is not a key (bindings, references, macros, imports, includes).
     """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+    return parse_keys(text, str(path), annotations)
+
+
+def parse_keys(text: str, label: str, annotations: Mapping[str, str]) -> dict[str, Any]:
+    """As `read_keys`, from text; `label` names it in errors."""
     problems: list[str] = []
     found: dict[str, Any] = {}
     try:
-        statements = list(config_parser.ConfigParser(path.read_text(encoding="utf-8"), _Delegate()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+        statements = list(config_parser.ConfigParser(text, _Delegate()))
     except SyntaxError as error:
-        raise ConfigError([f"{path}{f':{error.lineno}' if error.lineno else ''}: {str(error.msg).strip()}"]) from None
+        raise ConfigError([f"{label}{f':{error.lineno}' if error.lineno else ''}: {str(error.msg).strip()}"]) from None
     except (ValueError, tokenize.TokenError) as error:
-        raise ConfigError([f"{path}: {error.args[0]}"]) from None
+        raise ConfigError([f"{label}: {error.args[0]}"]) from None
     for statement in statements:
-        where = f"{path}:{statement.location.line_num}"
+        where = f"{label}:{statement.location.line_num}" if "\n" in text else label
         if not isinstance(statement, config_parser.BindingStatement) or statement.arg_name or statement.scope:
             problems.append(f"{where}: only keys stand here: {', '.join(annotations)}")
             continue
@@ -474,7 +481,7 @@ def read_keys(path: Path, annotations: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A value from the command line as gin text: itself where it parses, else a string."""
     try:
         config_parser.ConfigParser(f"x = {text}\n", _Delegate()).parse_statement()
