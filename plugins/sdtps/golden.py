@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from core.golden import Case, Replay, adapter
+from plugins.sdtps import clip_vit
 from plugins.sdtps.adaptive_masking import AdaptiveMasking, AdaptiveMaskingKeys
 from plugins.sdtps.multimodal import Enhanced, MultiModalSDTPS, ReferenceKeys
 from plugins.sdtps.token_aggregation import TokenAggregation
@@ -73,3 +74,30 @@ def multimodal_sdtps(case: Case) -> Replay:
         return {**enhanced.tokens, **{f"{name}_mask": mask for name, mask in enhanced.masks.items()}}
 
     return Replay(module, run, keys=keys)
+
+
+# --- the backbone ---------------------------------------------------------------------------------------------------
+
+
+@adapter("CLIPVisionTransformer")
+def clip_vision_transformer(case: Case) -> Replay:
+    """The camera embedding is an input of the case: a (b, 1, c) row for each image, added to the class token."""
+    config = case.config
+    rows, columns = config["grid"]
+    tower = clip_vit.CLIPVisionTransformer(
+        image_size=(rows * config["patch"], columns * config["patch"]),
+        patch=config["patch"],
+        width=config["width"],
+        layers=config["layers"],
+        heads=config["heads"],
+        output_dim=config["output_dim"],
+    )
+    keys = clip_vit.ReferenceKeys()
+    case.load(tower, keys)
+
+    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        shift = inputs.get("camera_embedding")
+        tokens = tower.embed(inputs["x"], None if shift is None else shift[:, 0])
+        return {"tokens": tower.project(tower.run(tokens))}
+
+    return Replay(tower, run, keys=keys)
