@@ -86,6 +86,10 @@ class Task:
         """Named metrics of the model in evaluation mode. Must not touch any global random state."""
         raise NotImplementedError
 
+    def conclude(self, model: nn.Module) -> dict[str, float]:
+        """Further metrics that are measured once, after the last step. Same rules as `evaluate`."""
+        return {}
+
     # --- optional -----------------------------------------------------------------------------------------------------
 
     def steps_per_epoch(self) -> int | None:

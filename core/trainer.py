@@ -325,6 +325,8 @@ def train(
         with checkpoint.preserved_random_state(), torch.inference_mode(), cast():
             plain.eval()
             metrics = {k: float(v) for k, v in work.evaluate(plain).items()}
+            if step == length:
+                metrics.update((k, float(v)) for k, v in work.conclude(plain).items())
             plain.train()
         run.metrics([{"step": step, "eval": metrics}])
         run.board(step, {f"eval/{k}": v for k, v in metrics.items() if math.isfinite(v)})

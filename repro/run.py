@@ -45,6 +45,8 @@ def folder_of(config: configs.Config, arguments: argparse.Namespace) -> Path:
 
 def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()
+    # Threads that spin while they wait make a shared machine ten times slower; torch reads this when it is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = configs.read(args.gin, args.overrides, allow_imports=args.allow_import)
     path = folder_of(config, args)
     rank = int(os.environ.get("RANK", "0"))

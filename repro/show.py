@@ -29,14 +29,15 @@ def table(title: str, columns: list[str], rows: list[list[Any]], note: str = "")
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False, width=None if record.interactive() else 120)
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(columns):
         numeric = any(isinstance(r[i], (int, float)) for r in rows if i < len(r))
-        shown.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        shown.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*map(cell, row))
+        shown.add_row(*(Text(cell(value)) for value in row))
     console.print(shown)
     if note:
         console.print(note, style="dim", markup=False)
