@@ -386,6 +386,13 @@ class Draft:
             raise ConfigError(list(dict.fromkeys(problems)))
         return config
 
+    def text(self, overrides: Sequence[str] = ()) -> str:
+        """The canonical gin text with these overrides, unchecked: a file from which further overrides give the same configs."""
+        winning = dict(self.bindings)
+        for override in overrides:
+            winning.update((binding.key, binding) for binding in self._override(override)[0])
+        return Config(self.file, tuple(overrides), winning, {}, self.files).text()
+
     def _override(self, override: str) -> tuple[list[Binding], list[str]]:
         if override not in self._parsed:
             label = f"--set {override}"
