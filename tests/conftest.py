@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 
 # Before anything else imports the modules: from here on `Float[Tensor, "b n c"]` is a check, not a comment.
 _SHAPED = ("plugins", "core.layers", "core.metrics", "core.text")
-_hook = install_import_hook(list(_SHAPED), "beartype.beartype")
+_hook = install_import_hook(list(_SHAPED), "shape_check.checked")
 
 import hypothesis
 import pytest
