@@ -95,6 +95,17 @@ def _walk(value: Any) -> Iterator[Any]:
             yield from _walk(v)
 
 
+def _reached(values: Iterable[Any], bindings: Mapping[str, Binding]) -> set[str]:
+    """Names of the macros that values refer to, directly or through other macros."""
+    queue, found = list(values), set[str]()
+    while queue:
+        for value in _walk(queue.pop()):
+            if isinstance(value, Macro) and value.name not in found:
+                found.add(value.name)
+                queue += [bindings[value.name].value] if value.name in bindings else []
+    return found
+
+
 # --- what was written, and where --------------------------------------------------------------------------------------
 
 
@@ -147,8 +158,9 @@ class Config:
         return default if bound is None else self.resolve(bound.value)
 
     def text(self) -> str:
-        """The canonical gin text: macros first, then bindings, each sorted, all names in full."""
-        macros = sorted((b for b in self.bindings.values() if b.is_macro), key=lambda b: b.key)
+        """The canonical gin text: macros that are used first, then bindings, each sorted, all names in full."""
+        used = _reached([b.value for b in self.bindings.values() if not b.is_macro], self.bindings)
+        macros = sorted((b for b in self.bindings.values() if b.is_macro and b.key in used), key=lambda b: b.key)
         rest = sorted((b for b in self.bindings.values() if not b.is_macro), key=lambda b: b.key)
         return "".join(f"{b.key} = {format_value(b.value)}\n" for b in macros + rest)
 
@@ -522,8 +534,10 @@ def _check_macros(config: Config) -> list[str]:
                 if value.name not in reached:
                     reached.add(value.name)
                     queue.append(macros[value.name])
+    # What a stronger binding has replaced still explains a macro of a file; one given by --set must do something.
+    mentioned = _reached([b.value for old in config.shadowed.values() for b in old], config.bindings)
     for name, macro in macros.items():
-        if name not in used:
+        if name not in used and (name not in mentioned or macro.source.startswith("--set ")):
             near = registry.nearest(name, set(macros) - {name} & used)
             problems.append(
                 f"{macro.source}: macro {name} is set and never used" + (f"; did you mean {', '.join(near)}?" if near else "")
