@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from einops import rearrange, reduce
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from core.distributed import gather
 from core.layers import QuickGELU
 from core.registry import register
+from plugins.sdtps import clip_vit, multimodal
+from plugins.sdtps.adaptive_masking import AdaptiveMaskingKeys
 from plugins.sdtps.clip_vit import CLIPVisionTransformer
 from plugins.sdtps.multimodal import MultiModalSDTPS
 
@@ -124,7 +126,8 @@ class TriModalReID(nn.Module):
             raise ValueError("guide is 'pife', but pife is False; set guide = 'cls'")
         self.guide, self.direct, self.masked_mean, self.missing_guide = guide, direct, masked_mean, missing_guide
         self.backbone = backbone(cameras=cameras)
-        dim, patches = int(self.backbone.output_dim), int(self.backbone.num_patches)
+        tower = cast(CLIPVisionTransformer, self.backbone)
+        dim, patches = tower.output_dim, tower.num_patches
         self.pife = nn.ModuleDict({m: PatchIntegrated(dim) for m in MODALITIES}) if pife else None
         self.tokens = tokens(dim=dim, num_patches=patches, modalities=MODALITIES) if tokens is not None else None
         self.heads = nn.ModuleDict()
@@ -136,9 +139,7 @@ class TriModalReID(nn.Module):
         if self.tokens is not None:
             self.heads["sdtps"] = BNNeckHead(3 * dim, identities)
 
-    def forward(
-        self, images: Mapping[str, Float[Tensor, "b 3 h w"]], cameras: Int[Tensor, "b"] | None = None
-    ) -> ReIDOutput:
+    def forward(self, images: Mapping[str, Float[Tensor, "b 3 h w"]], cameras: Int[Tensor, "b"] | None = None) -> ReIDOutput:
         """One pass of the tower over the three modalities stacked, then each step by modality.
 
         Args:
@@ -189,3 +190,61 @@ def pattern(features: Mapping[str, Tensor], which: Literal["ori", "branch", "bot
     if not branch:
         raise ValueError(f"evaluation pattern {which!r} needs a token branch, and the model has none; use 'ori'")
     return torch.cat(branch if which == "branch" else ori + branch, -1)
+
+
+# --- names in released checkpoints ----------------------------------------------------------------------------------
+
+_PARTS: tuple[tuple[str, str], ...] = (  # (ours, theirs): beginnings of keys outside the tower and the token module
+    *((f"pife.{m}.norm.", f"{m}_reduce.0.") for m in MODALITIES),
+    *((f"pife.{m}.reduce.", f"{m}_reduce.1.") for m in MODALITIES),
+    *((f"heads.ori_{m}.norm.", f"bottleneck_{m[0]}.") for m in MODALITIES),
+    *((f"heads.ori_{m}.classify.", f"classifier_{m[0]}.") for m in MODALITIES),
+    ("heads.ori.norm.", "bottleneck."),
+    ("heads.ori.classify.", "classifier."),
+    ("heads.sdtps.norm.", "bottleneck_sdtps."),
+    ("heads.sdtps.classify.", "classifier_sdtps."),
+)
+
+
+class ReferenceKeys:
+    """The whole network's state-dict keys in DeMo's naming, and in that of the fork which put SDTPS into it.
+
+    `backbone.…` is `BACKBONE.base.…` in OpenAI's naming (the camera embedding `BACKBONE.cv_embed`), `pife.rgb` is `rgb_reduce`, heads
+    are `bottleneck…` and `classifier…`, and the token module stands under `sdtps.`. Keys of none of these are passed on as they
+    are, so that a strict load names them.
+
+    Args:
+        tokens: naming of the token module, with prefix `sdtps.`; None is the tri-modal module's.
+    """
+
+    def __init__(self, tokens: multimodal.ReferenceKeys | AdaptiveMaskingKeys | None = None):
+        self.tower = clip_vit.ReferenceKeys()
+        self.tokens = multimodal.ReferenceKeys("sdtps.") if tokens is None else tokens
+
+    def to_reference(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for key, value in self.tower.to_reference(_below(ours, "backbone.")).items():
+            found[f"BACKBONE.{key}" if key == "cv_embed" else f"BACKBONE.base.{key}"] = value
+        found.update(self.tokens.to_reference(_below(ours, "tokens.")))
+        rest = {k: v for k, v in ours.items() if not k.startswith(("backbone.", "tokens."))}
+        return found | _replaced(rest, _PARTS)
+
+    def from_reference(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tower = _below(theirs, "BACKBONE.base.") | {k: v for k, v in _below(theirs, "BACKBONE.").items() if k == "cv_embed"}
+        found = {f"backbone.{k}": v for k, v in self.tower.from_reference(tower).items()}
+        module = {k: v for k, v in theirs.items() if k.startswith("sdtps.")}
+        found.update({f"tokens.{k}": v for k, v in self.tokens.from_reference(module).items()})
+        rest = {k: v for k, v in theirs.items() if k != "BACKBONE.cv_embed" and not k.startswith(("BACKBONE.base.", "sdtps."))}
+        return found | _replaced(rest, tuple((b, a) for a, b in _PARTS))
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _replaced(state: Mapping[str, Tensor], pairs: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        old, new = next((pair for pair in pairs if key.startswith(pair[0])), ("", ""))
+        renamed[new + key.removeprefix(old)] = value
+    return renamed

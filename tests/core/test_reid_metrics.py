@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import tracemalloc
 from pathlib import Path
@@ -111,6 +112,9 @@ def test_ties_stand_in_gallery_order():
         ids = [1, 1, 1, 1]
         ids[place] = 7
         assert evaluate_distances(equal, query, Labels(ids), junk="none").first_rank[0] == place + 1
+        zeros = np.array([[0.0, -0.0, -0.0, 0.0]], np.float32)  # equal, whatever their sign
+        assert evaluate_distances(zeros, query, Labels(ids), junk="none").first_rank[0] == place + 1
+        assert evaluate_distances(-equal, query, Labels(ids), junk="none").first_rank[0] == place + 1
 
 
 def test_worked_example():
@@ -238,6 +242,6 @@ def test_an_unknown_protocol_is_refused():
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("reid_eval_*.safetensors")), ids=lambda p: p.stem)
 def test_golden(path):
-    golden.load_adapters()
+    importlib.import_module("core.golden_cases")
     result = golden.compare(golden.read(path))
     assert result.passed, result.failures
