@@ -23,8 +23,8 @@ def centres(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
 
 def logit(x: Float[Tensor, "*n"], floor: float = LOGIT_FLOOR) -> Float[Tensor, "*n"]:
     """log(x / (1 - x)) with x first clamped to [0, 1] and both terms kept at or above `floor`; finite for any finite x."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=floor) / (1 - x).clamp(min=floor))
+    # one clamp a term: ONNX's optimiser (onnxscript 0.7) breaks the graph where it joins two
+    return torch.log(x.clamp(floor, 1.0) / (1 - x).clamp(floor, 1.0))
 
 
 def iou(a: Float[Tensor, "*#n 4"], b: Float[Tensor, "*#n 4"]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:

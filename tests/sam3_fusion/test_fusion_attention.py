@@ -1,6 +1,6 @@
 import math
 
-import by_hand
+import fusion_by_hand as by_hand
 import pytest
 import torch
 from hypothesis import given

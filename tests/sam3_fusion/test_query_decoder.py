@@ -1,4 +1,4 @@
-import by_hand
+import fusion_by_hand as by_hand
 import pytest
 import torch
 from hypothesis import given
