@@ -81,8 +81,8 @@ class TokenAggregation(nn.Module):
             mask: D at these tokens, or None for all ones. A sample whose mask is all zero is treated as if it had none:
                 the result is finite, and means nothing.
         """
-        if (mask is None or self.mask_mode == "none") and fusable(tokens, *self.parameters()):
-            norm, first, _, last = self.weight
+        norm, first, _, last = self.weight
+        if (mask is None or self.mask_mode == "none") and fusable(tokens, first.weight):
             return Aggregate.apply(
                 tokens, norm.weight, norm.bias, first.weight, first.bias, last.weight, last.bias, self.scale, norm.eps
             )

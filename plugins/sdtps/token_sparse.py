@@ -37,6 +37,7 @@ from plugins.sdtps.gradients import SplitTokens, fusable
 Rounding = Literal["ceil", "floor", "exact_ceil", "exact_floor"]
 Similarity = Literal["cosine", "dot"]
 ScoreNorm = Literal["minmax", "zscore", "none"]
+Suppression = Literal["hard", "soft"]
 
 
 # --- options --------------------------------------------------------------------------------------------------------
@@ -119,23 +120,34 @@ def gumbel_noise(uniform: Float[Tensor, "b n"], eps: float, clip: float | None) 
     return noise if clip is None else noise.clamp(-clip, clip)
 
 
-def relaxed_topk(scores: Float[Tensor, "b n"], k: int, tau: float) -> tuple[Float[Tensor, "b k n"], Float[Tensor, "b n"]]:
-    """A differentiable top-k: k softmax rows, each over what the rows before it have left.
+def relaxed_topk(
+    scores: Float[Tensor, "b n"], k: int, tau: float, suppression: Suppression = "hard"
+) -> tuple[Float[Tensor, "b k n"], Float[Tensor, "b n"]]:
+    """A differentiable top-K: k rows over n tokens, softmax after softmax, each with what came before it suppressed.
 
-    With r_1 = 1: p_j = softmax((s + log r_j)/tau) and r_{j+1} = r_j (1 - p_j). As tau goes to 0, row j becomes one-hot at the
-    j-th best token, so `rows @ tokens` tends to the hard selection, best first.
+    `hard`: row j is softmax(s/tau) over all tokens but the j - 1 best, i.e. the chance of each to be drawn j-th if the best
+    were drawn before it (Plackett-Luce). As tau goes to 0 it becomes one-hot at the j-th best token, so that `rows @ tokens`
+    tends to the hard selection, best first, and steadily: the smaller tau, the nearer.
+
+    `soft`: row j is softmax((s + log r_j)/tau), where r_j is the product of 1 - p over the rows before (Xie & Ermon, IJCAI
+    2019). Nothing in it is discrete, but it needs scores far further apart than tau: among 128 scores within a range of one, each row takes
+    from every token's neighbours too, and their mean row stays about as far from the hard one as a uniform row is.
 
     Returns:
-        the rows (each sums to 1) and log r_{k+1}, the log of how much of each token is left; 0 where nothing was taken.
+        the rows (each sums to 1), and the log of how much of each token they leave, sum of log(1 - p) over the rows.
     """
     smallest = torch.finfo(scores.dtype).eps
-    left = torch.zeros_like(scores)
-    rows = []
+    if suppression == "hard":
+        rank = scores.detach().sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
+        taken = rearrange(rank, "b n -> b 1 n") < rearrange(torch.arange(k, device=scores.device), "k -> 1 k 1")
+        rows = repeat(scores / tau, "b n -> b k n", k=k).masked_fill(taken, -math.inf).softmax(-1)
+        return rows, torch.log((1 - rows).clamp_min(smallest)).sum(1)
+    left, steps = torch.zeros_like(scores), []
     for _ in range(k):
         row = ((scores + left) / tau).softmax(-1)
-        rows.append(row)
+        steps.append(row)
         left = left + torch.log((1 - row).clamp_min(smallest))
-    return torch.stack(rows, 1), left
+    return torch.stack(steps, 1), left
 
 
 def ratio_loss(masks: Sequence[Float[Tensor, "b n"]], ratio: float, weights: Sequence[float] | None = None) -> Float[Tensor, ""]:
@@ -203,6 +215,7 @@ class TokenSparse(nn.Module):
         relaxation: soft = softmax((s + g)/tau) over n, which sums to 1 (release); `k_softmax` is k times that, so that it
             sums to k as the hard mask does; `sigmoid` is sigmoid((s + g - t)/tau) with t half way between the last
             kept and the first dropped score.
+        suppression: how a relaxed row keeps off what earlier rows took, see `relaxed_topk`.
         weight_selected: multiply the kept tokens by D at their places (ones in value), for the gradient.
         extra_mode: weights of the pooled dropped tokens: `softmax` of their scores, `uniform`, `uniform_in_training`
             (uniform in training, softmax in evaluation: what the release of plan B does), or `none`: no extra token.
@@ -230,6 +243,7 @@ class TokenSparse(nn.Module):
         gumbel_train_only: bool = True,
         noisy_topk: bool = False,
         relaxation: Literal["softmax", "sigmoid", "k_softmax"] = "softmax",
+        suppression: Literal["hard", "soft"] = "hard",
         weight_selected: bool = False,
         extra_mode: Literal["softmax", "uniform", "uniform_in_training", "none"] = "softmax",
         extra_tau: float = 1.0,
@@ -244,6 +258,7 @@ class TokenSparse(nn.Module):
             ("selection", selection, Literal["hard", "relaxed", "in_place"]),
             ("round_select", round_select, Rounding),
             ("relaxation", relaxation, Literal["softmax", "sigmoid", "k_softmax"]),
+            ("suppression", suppression, Suppression),
             ("extra_mode", extra_mode, Literal["softmax", "uniform", "uniform_in_training", "none"]),
         ):
             require_choice(name, value, choices)
@@ -267,6 +282,8 @@ class TokenSparse(nn.Module):
             idle = {"noisy_topk": noisy_topk, "relaxation": relaxation, "weight_selected": weight_selected}
             idle["gumbel_train_only"] = gumbel_train_only
             require_idle(TokenSparse, idle, "selection = 'relaxed' puts the noise in the relaxed top-k of training")
+        if selection != "relaxed":
+            require_idle(TokenSparse, {"suppression": suppression}, f"selection = {selection!r} relaxes nothing")
         if selection == "in_place":
             require_idle(TokenSparse, {"weight_selected": weight_selected}, "selection = 'in_place' weights all tokens by D")
             if extra_mode != "none":
@@ -281,6 +298,7 @@ class TokenSparse(nn.Module):
         self.use_gumbel, self.gumbel_tau, self.gumbel_eps, self.gumbel_clip = use_gumbel, gumbel_tau, gumbel_eps, gumbel_clip
         self.gumbel_train_only, self.noisy_topk = gumbel_train_only, noisy_topk
         self.relaxation, self.weight_selected = relaxation, weight_selected
+        self.suppression: Suppression = suppression
         self.extra_mode, self.extra_tau = extra_mode, extra_tau
         self.score_predictor: nn.Sequential | None = None
         if score == "combined":
@@ -311,6 +329,12 @@ class TokenSparse(nn.Module):
         if self.score == "combined":
             return self.beta * (maps.sum(1) + maps[:, 0])  # own modality counts twice
         return maps.sum(1) if self.score == "sum" else maps.mean(1)
+
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """The predictor's two linear layers; there are none unless `score="combined"`."""
+        one, _, two, _ = cast(nn.Sequential, self.score_predictor)
+        return cast(nn.Linear, one), cast(nn.Linear, two)
 
     @property
     def noisy(self) -> bool:
@@ -352,11 +376,10 @@ def select(
     Raises:
         ValueError: if the sets of tokens differ in shape, or if `uniforms` is given where no noise is drawn.
     """
-    shapes = {tuple(p.shape) for p in patches}
-    if len(shapes) > 1:
-        raise ValueError(f"token sets that are selected together must have one shape, got {sorted(shapes)}")
+    if any(p.shape != patches[0].shape for p in patches):
+        raise ValueError(f"token sets that are selected together must have one shape, got {[tuple(p.shape) for p in patches]}")
     first, count = selectors[0], len(selectors)
-    b, n, _ = patches[0].shape
+    b, n = patches[0].shape[0], int(patches[0].shape[1])  # a number also while tracing, where k has to be one
     if uniforms is not None and not first.noisy:
         raise ValueError("uniform draws were given, but no Gumbel noise is drawn in this mode (use_gumbel, train/eval)")
 
@@ -368,7 +391,7 @@ def select(
         and first.selection != "in_place"
         and first.score == "combined"
         and first.pooling == "softmax"
-        and fusable(*patches, attention, *(p for s in selectors for p in s.parameters()))
+        and fusable(*patches, attention, first.linears[0].weight)
     ):
         return _select_fused(selectors, patches, attention, k)
 
@@ -390,7 +413,7 @@ def select(
     kept_mask: Tensor | None = None
     rows: Tensor | None = None
     if relaxed:
-        rows, left = relaxed_topk(perturbed, k, first.gumbel_tau)
+        rows, left = relaxed_topk(perturbed, k, first.gumbel_tau, first.suppression)
         mask = -torch.expm1(left)
         if first.pooling != "none":
             weights = (left + scores / first.extra_tau if first.pooling == "softmax" else left).softmax(-1)
@@ -436,9 +459,7 @@ def _select_fused(
 ) -> list[Selection]:
     """The hard selection of `select` in training, with `SplitTokens`'s gradient: equal numbers, about half the work."""
     first, (b, n, _) = selectors[0], patches[0].shape
-    layers = [
-        (cast(nn.Linear, s.score_predictor[0]), cast(nn.Linear, s.score_predictor[2])) for s in selectors if s.score_predictor
-    ]
+    layers = [s.linears for s in selectors]
     with torch.no_grad():
         hidden = [one(rearrange(p, "b n c -> (b n) c")) for p, (one, _) in zip(patches, layers)]
         activated = [F.gelu(h) for h in hidden]
