@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from core.layers import Attention, Heads
 from core.registry import register
-from plugins.sam3_fusion.attention import Activation, Attention, FeedForward, Heads, Mlp, autocasting, inference
 from plugins.sam3_fusion.boxes import corners, logit
+from plugins.sam3_fusion.feed_forward import Activation, BlockwiseFeedForward, Mlp, autocasting, inference
 from plugins.sam3_fusion.positions import box_positions
 
 BIAS_SCALE = 8.0
@@ -127,7 +128,7 @@ class DecoderBlock(nn.Module):
         self.prompt_norm = nn.LayerNorm(dim) if prompt_attention else None
         self.image_attn = ImageAttention(dim, heads, dropout)
         self.image_norm = nn.LayerNorm(dim)
-        self.ffn = FeedForward(dim, hidden, dropout, activation)
+        self.ffn = BlockwiseFeedForward(dim, hidden, dropout, activation)
         self.ffn_norm = nn.LayerNorm(dim)
         self.drop = nn.Dropout(dropout)
 

@@ -25,8 +25,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from core.layers import Attention
 from core.registry import register
-from plugins.sam3_fusion.attention import Activation, Attention, FeedForward
+from plugins.sam3_fusion.feed_forward import Activation, BlockwiseFeedForward
 from plugins.sam3_fusion.positions import cell_positions
 
 Size = tuple[int, int]
@@ -91,7 +92,7 @@ class FusionBlock(nn.Module):
         self.norm, self.pos_in_self, self.pos_in_prompt_query = norm, pos_in_self, pos_in_prompt_query
         self.self_attn = Attention(dim, heads, dropout)
         self.prompt_attn = Attention(dim, heads, dropout)
-        self.ffn = FeedForward(dim, hidden, dropout, activation)
+        self.ffn = BlockwiseFeedForward(dim, hidden, dropout, activation)
         self.self_norm, self.prompt_norm, self.ffn_norm = (nn.LayerNorm(dim) for _ in range(3))
         self.drop = nn.Dropout(dropout)
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from core.registry import register
-from plugins.sam3_fusion.attention import FeedForward
+from plugins.sam3_fusion.feed_forward import BlockwiseFeedForward
 
 SCORE_LIMIT = 12.0
 
@@ -39,7 +39,7 @@ class PromptScorer(nn.Module):
         if clamp not in ("hard", "none"):
             raise ValueError(f"clamp must be 'hard' or 'none', got {clamp!r}")
         self.clamp = clamp
-        self.mlp = FeedForward(dim, hidden, dropout)
+        self.mlp = BlockwiseFeedForward(dim, hidden, dropout)
         self.norm = nn.LayerNorm(dim)
         self.prompt_proj, self.query_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
 

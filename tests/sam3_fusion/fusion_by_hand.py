@@ -46,7 +46,7 @@ def attention(weights, name, heads, queries, keys, values, pad=None, bias=None):
 
 
 def ffn(weights, name, x):
-    return linear(weights, name + ".down", linear(weights, name + ".up", x).clamp(min=0))
+    return linear(weights, name + ".contract", linear(weights, name + ".expand", x).clamp(min=0))
 
 
 def sine(c, dim):

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from plugins.sam3_fusion.attention import FFN_ROWS, Attention, FeedForward, Mlp
+from core.layers import Attention
+from plugins.sam3_fusion.feed_forward import ROWS, BlockwiseFeedForward, Mlp
 
 
 def randomised(module):
@@ -82,8 +83,8 @@ def test_projections_start_as_the_packed_tensor_does():
 
 
 def test_feed_forward_in_blocks_equals_the_whole_and_keeps_its_input():
-    module = randomised(FeedForward(4, 9))
-    x = torch.randn(2, 2 * FFN_ROWS + 5, 4)
+    module = randomised(BlockwiseFeedForward(4, 9))
+    x = torch.randn(2, 2 * ROWS + 5, 4)
     kept = x.clone()
     with torch.no_grad():
         blocks = module(x)
@@ -95,11 +96,11 @@ def test_feed_forward_in_blocks_equals_the_whole_and_keeps_its_input():
 
 
 def test_gelu_is_an_option_and_others_are_errors():
-    module = FeedForward(4, 6, activation="gelu")
+    module = BlockwiseFeedForward(4, 6, activation="gelu")
     x = torch.randn(1, 3, 4)
-    assert_close(module(x), module.down(nn.functional.gelu(module.up(x))))
+    assert_close(module(x), module.contract(nn.functional.gelu(module.expand(x))))
     with pytest.raises((ValueError, TypeError), match="activation"):
-        FeedForward(4, 6, activation="swish")  # type: ignore[arg-type]
+        BlockwiseFeedForward(4, 6, activation="swish")  # type: ignore[arg-type]
 
 
 def test_mlp_by_hand_and_zero_start():

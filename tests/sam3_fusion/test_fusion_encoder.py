@@ -184,7 +184,7 @@ def test_recomputing_blocks_changes_no_gradient():
 def test_no_layer_leaves_the_image_alone_when_its_branches_are_zero():
     encoder = small()
     for name, p in encoder.named_parameters():
-        if "out_proj" in name or "ffn.down" in name:
+        if "out_proj" in name or "ffn.contract" in name:
             nn.init.zeros_(p)
     features, prompt, pad = inputs()
     assert_close(encoder(features, prompt, pad).memory, rearrange(features, "b d h w -> b (h w) d"))

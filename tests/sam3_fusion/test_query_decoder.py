@@ -230,7 +230,7 @@ def test_presence_clamp_none_passes_and_hard_stops_at_ten():
 def test_feed_forward_stays_in_fp32_under_autocast():
     decoder = small().eval()
     seen = []
-    decoder.blocks[0].ffn.up.register_forward_hook(lambda m, given, out: seen.append((given[0].dtype, out.dtype)))
+    decoder.blocks[0].ffn.expand.register_forward_hook(lambda m, given, out: seen.append((given[0].dtype, out.dtype)))
     decoder.blocks[0].self_attn.q_proj.register_forward_hook(lambda m, given, out: seen.append(out.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = run(decoder, inputs())
