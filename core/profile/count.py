@@ -427,7 +427,16 @@ class FlopCount(FlopCountAnalysis):
         args, kwargs = arguments(self._inputs)
         with undisturbed(self._model), _fastpath_off(), _modules_watched(recorder), _functions_watched(recorder):
             with torch._C._AutoDispatchBelowAutograd(), recorder:  # type: ignore[attr-defined]
-                self._call(*args, **kwargs)
+                try:
+                    self._call(*args, **kwargs)
+                except NotImplementedError as error:
+                    if "HigherOrderOperator" not in str(error):
+                        raise
+                    what = str(error).partition("HigherOrderOperator ")[2].split(" ")[0]
+                    raise UncountedOperatorError(
+                        f"{what} hands a Python function to the compiler, and what that computes is not seen. Profile the spelling "
+                        "with ordinary operators: its count is the same."
+                    ) from error
         return recorder
 
     def _analyze(self) -> Statistics:
@@ -451,9 +460,21 @@ class FlopCount(FlopCountAnalysis):
         self._warn_uncalled_mods(stats.uncalled_mods)
         return stats
 
-    def _owners(self, scope: tuple[str, ...]) -> set[str]:
+    def _owners(self, scope: tuple[str, ...]) -> frozenset[str]:
         """The modules that a call belongs to, by fvcore's ancestor mode."""
-        return set(scope) if self._ancestor_mode == "caller" else self._get_all_ancestors(scope[-1]) & set(self._aliases.values())
+        if scope not in self._owned_by:
+            by_caller = self._ancestor_mode == "caller"
+            self._owned_by[scope] = frozenset(
+                scope if by_caller else self._get_all_ancestors(scope[-1]) & set(self._aliases.values())
+            )
+        return self._owned_by[scope]
+
+    def ancestor_mode(self, mode: str) -> FlopCount:
+        """As in fvcore: "owner" files a call under the parents of the module by name, "caller" under the modules running."""
+        self._owned_by: dict[tuple[str, ...], frozenset[str]] = {}
+        self._stats = None
+        super().ancestor_mode(mode)
+        return self
 
     def _check(self, recorder: Recorder) -> None:
         missing: Counter[str] = Counter()

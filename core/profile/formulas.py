@@ -493,334 +493,78 @@ def dropout(call: Call) -> int:
 
 # --- the other classes, by name ---------------------------------------------------------------------------------------
 
+
+def _words(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
 # Elements are those of the result (what is fetched), of the index (what is written), or the larger of first operand and
 # result (what is looked at).
-FETCHING = frozenset(
-    [
-        "embedding",
-        "embedding_bag",
-        "_embedding_bag",
-        "_embedding_bag_forward_only",
-        "gather",
-        "index",
-        "index_select",
-        "_unsafe_index",
-        "masked_select",
-        "take",
-        "take_along_dim",
-        "multinomial",
-    ]
+FETCHING = _words(
+    """
+    embedding embedding_bag _embedding_bag _embedding_bag_forward_only gather index index_select _unsafe_index masked_select
+    take take_along_dim multinomial
+    """
 )
-WRITING = frozenset(
-    [
-        "index_add",
-        "index_copy",
-        "index_fill",
-        "index_put",
-        "_index_put_impl",
-        "index_reduce",
-        "masked_scatter",
-        "put",
-        "scatter",
-        "scatter_add",
-        "scatter_reduce",
-        "_unsafe_index_put",
-    ]
+WRITING = _words(
+    """
+    index_add index_copy index_fill index_put _index_put_impl index_reduce masked_scatter put scatter scatter_add scatter_reduce
+    _unsafe_index_put
+    """
 )
-LOOKING = frozenset(
-    [
-        "sort",
-        "argsort",
-        "msort",
-        "topk",
-        "kthvalue",
-        "median",
-        "nanmedian",
-        "mode",
-        "quantile",
-        "nanquantile",
-        "max",
-        "min",
-        "amax",
-        "amin",
-        "aminmax",
-        "_aminmax",
-        "argmax",
-        "argmin",
-        "cummax",
-        "cummin",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "max_pool1d_with_indices",
-        "max_pool2d_with_indices",
-        "max_pool3d_with_indices",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "fractional_max_pool2d",
-        "fractional_max_pool3d",
-        "max_unpool2d",
-        "max_unpool3d",
-        "softmax",
-        "log_softmax",
-        "_softmax",
-        "_log_softmax",
-        "_safe_softmax",
-        "_masked_softmax",
-        "logsumexp",
-        "logcumsumexp",
-        "nonzero",
-        "nonzero_numpy",
-        "nonzero_static",
-        "argwhere",
-        "unique_consecutive",
-        "unique_dim",
-        "_unique",
-        "_unique2",
-        "unique_dim_consecutive",
-        "bincount",
-        "histc",
-        "searchsorted",
-        "bucketize",
-        "isin",
-        "nll_loss",
-        "nll_loss_forward",
-        "nll_loss2d",
-        "nll_loss2d_forward",
-        "_ctc_loss",
-        "lexsort",
-    ]
+LOOKING = _words(
+    """
+    sort argsort msort topk kthvalue median nanmedian mode quantile nanquantile max min amax amin aminmax _aminmax argmax argmin
+    cummax cummin max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d max_unpool2d
+    max_unpool3d softmax log_softmax _softmax _log_softmax _safe_softmax _masked_softmax logsumexp logcumsumexp nonzero
+    nonzero_numpy nonzero_static argwhere unique_consecutive unique_dim _unique _unique2 unique_dim_consecutive bincount histc
+    searchsorted bucketize isin nll_loss nll_loss_forward nll_loss2d nll_loss2d_forward _ctc_loss lexsort
+    """
 )
 # Names of one family, one class: the fast Fourier transforms are compared, not multiplied, in this account.
 LOOKING_PREFIXES = ("fft_", "_fft_")
 
 # Pointwise operators carry a tag of torch's; these reduce, or are pointwise without the tag.
-REDUCING = frozenset(
-    [
-        "sum",
-        "nansum",
-        "mean",
-        "nanmean",
-        "prod",
-        "var",
-        "std",
-        "var_mean",
-        "std_mean",
-        "norm",
-        "native_norm",
-        "frobenius_norm",
-        "linalg_vector_norm",
-        "cumsum",
-        "cumprod",
-        "any",
-        "all",
-        "count_nonzero",
-        "trace",
-        "dist",
-        "mse_loss",
-        "smooth_l1_loss",
-        "huber_loss",
-        "binary_cross_entropy",
-        "binary_cross_entropy_with_logits",
-        "soft_margin_loss",
-        "multi_margin_loss",
-        "glu",
-        "log_sigmoid_forward",
-        "prelu",
-        "_prelu_kernel",
-        "hardswish",
-        "rrelu_with_noise",
-        "floor_divide",
-        "polar",
-        "complex",
-        "bernoulli",
-        "normal",
-        "uniform",
-        "exponential",
-        "random",
-        "cauchy",
-        "geometric",
-        "log_normal",
-        "poisson",
-        "binomial",
-        "_masked_scale",
-        "linalg_cross",
-        "renorm",
-        "_weight_norm_interface",
-        "_thnn_fused_lstm_cell",
-        "_thnn_fused_gru_cell",
-        "affine_grid_generator",
-        "col2im",
-        "_is_all_true",
-        "_is_any_true",
-        "equal",
-        "allclose",
-        "isclose",
-        "__and__",
-        "__or__",
-        "__xor__",
-        "__lshift__",
-        "__rshift__",
-        "__iand__",
-        "__ior__",
-        "__ixor__",
-        "linspace",
-        "logspace",
-        "_add_relu",
-        "_standard_gamma",
-    ]
+REDUCING = _words(
+    """
+    sum nansum mean nanmean prod var std var_mean std_mean norm native_norm frobenius_norm linalg_vector_norm cumsum cumprod any
+    all count_nonzero trace dist mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits
+    soft_margin_loss multi_margin_loss glu log_sigmoid_forward prelu _prelu_kernel hardswish rrelu_with_noise floor_divide polar
+    complex bernoulli normal uniform exponential random cauchy geometric log_normal poisson binomial _masked_scale linalg_cross
+    renorm _weight_norm_interface _thnn_fused_lstm_cell _thnn_fused_gru_cell affine_grid_generator col2im _is_all_true
+    _is_any_true equal allclose isclose __and__ __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__ __ixor__ linspace logspace
+    _add_relu _standard_gamma
+    """
 )
-LAYOUT = frozenset(
-    [
-        "cat",
-        "concat",
-        "concatenate",
-        "stack",
-        "_stack",
-        "hstack",
-        "vstack",
-        "dstack",
-        "column_stack",
-        "contiguous",
-        "clone",
-        "copy",
-        "_to_copy",
-        "to",
-        "type_as",
-        "repeat",
-        "tile",
-        "repeat_interleave",
-        "flip",
-        "fliplr",
-        "flipud",
-        "roll",
-        "rot90",
-        "pad",
-        "_pad_circular",
-        "_pad_enum",
-        "constant_pad_nd",
-        "reflection_pad1d",
-        "reflection_pad2d",
-        "reflection_pad3d",
-        "replication_pad1d",
-        "replication_pad2d",
-        "replication_pad3d",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-        "native_channel_shuffle",
-        "tril",
-        "triu",
-        "diag",
-        "diag_embed",
-        "diagflat",
-        "block_diag",
-        "im2col",
-        "meshgrid",
-        "broadcast_tensors",
-        "cartesian_prod",
-        "empty_like",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "rand_like",
-        "randn_like",
-        "randint_like",
-        "new_empty",
-        "new_empty_strided",
-        "new_full",
-        "new_ones",
-        "new_zeros",
-        "fill",
-        "zero",
-        "item",
-        "_local_scalar_dense",
-        "lift",
-        "lift_fresh",
-        "lift_fresh_copy",
-        "detach",
-        "_unsafe_view",
-        "unsafe_chunk",
-        "unsafe_split",
-        "unsafe_split_with_sizes",
-        "select_scatter",
-        "slice_scatter",
-        "diagonal_scatter",
-        "as_strided_scatter",
-        "fill_diagonal",
-        "resize",
-        "resize_as",
-        "set",
-        "record_stream",
-        "pin_memory",
-        "_pin_memory",
-        "is_pinned",
-        "is_nonzero",
-        "is_same_size",
-        "_assert_async",
-        "_assert_tensor_metadata",
-        "_linalg_check_errors",
-        "_resize_output",
-        "data",
-        "is_complex",
-        "is_floating_point",
-        "is_signed",
-        "result_type",
-        "requires_grad",
-        "numel",
-        "size",
-        "stride",
-        "dim",
-        "storage_offset",
-        "_version",
-        "_has_same_storage_numel",
-        "atleast_1d",
-        "atleast_2d",
-        "atleast_3d",
-        "_shape_as_tensor",
-        "_reshape_from_tensor",
-        "_copy_from",
-        "_lazy_clone",
-        "sym_size",
-        "sym_numel",
-        "sym_stride",
-        "sym_storage_offset",
-        "sym_is_contiguous",
-        "_nested_tensor_from_tensor_list",
-        "device",
-        "layout",
-    ]
+LAYOUT = _words(
+    """
+    cat concat concatenate stack _stack hstack vstack dstack column_stack contiguous clone copy _to_copy to type_as repeat tile
+    repeat_interleave flip fliplr flipud roll rot90 pad _pad_circular _pad_enum constant_pad_nd reflection_pad1d
+    reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pixel_shuffle pixel_unshuffle
+    channel_shuffle native_channel_shuffle tril triu diag diag_embed diagflat block_diag im2col meshgrid broadcast_tensors
+    cartesian_prod empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_empty_strided
+    new_full new_ones new_zeros fill zero item _local_scalar_dense lift lift_fresh lift_fresh_copy detach _unsafe_view
+    unsafe_chunk unsafe_split unsafe_split_with_sizes select_scatter slice_scatter diagonal_scatter as_strided_scatter
+    fill_diagonal resize resize_as set record_stream pin_memory _pin_memory is_pinned is_nonzero is_same_size _assert_async
+    _assert_tensor_metadata _linalg_check_errors _resize_output data is_complex is_floating_point is_signed result_type
+    requires_grad numel size stride dim storage_offset _version _has_same_storage_numel atleast_1d atleast_2d atleast_3d
+    _shape_as_tensor _reshape_from_tensor _copy_from _lazy_clone sym_size sym_numel sym_stride sym_storage_offset
+    sym_is_contiguous _nested_tensor_from_tensor_list device layout transpose t squeeze unsqueeze swapaxes swapdims as_strided
+    """
 )
 
 # Operators that multiply matrices inside and have no formula: never silently zero.
 _MATMUL_WORDS = re.compile(
     r"_mm|^mm|bmm|gemm|matmul|attention|conv(?!ert)|rnn|lstm|gru_|gru$|(?<!upsample_)(?<!bi)linear|trilinear$|einsum"
 )
-_MATMUL_NAMES = frozenset(
-    [
-        "_transformer_encoder_layer_fwd",
-        "cholesky",
-        "cholesky_inverse",
-        "cholesky_solve",
-        "_cholesky_solve_helper",
-        "geqrf",
-        "ormqr",
-        "orgqr",
-        "triangular_solve",
-        "lu_unpack",
-        "_compute_linear_combination",
-        "svd",
-        "qr",
-        "smm",
-        "sspaddmm",
-        "hspmm",
-        "pinverse",
-        "matrix_exp",
-        "_spsolve",
-    ]
+_MATMUL_NAMES = _words(
+    """
+    _transformer_encoder_layer_fwd cholesky cholesky_inverse cholesky_solve _cholesky_solve_helper geqrf ormqr orgqr
+    triangular_solve lu_unpack _compute_linear_combination svd qr smm sspaddmm hspmm pinverse matrix_exp _spsolve
+    """
 )
-_LINALG_CHEAP = frozenset(["linalg_vector_norm", "linalg_cross", "linalg_diagonal", "_linalg_check_errors"])
+_LINALG_CHEAP = _words("linalg_vector_norm linalg_cross linalg_diagonal _linalg_check_errors")
 
 
 def is_matmul_class(operator: str) -> bool:

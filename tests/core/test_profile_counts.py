@@ -549,6 +549,57 @@ def test_elementwise_is_a_column_of_its_own() -> None:
     assert profile(nn.Dropout(0.5).eval(), _z(3, 8), timed=False).elementwise == 0
 
 
+def test_every_common_operator_has_a_class() -> None:
+    def many(x: Tensor) -> Tensor:
+        half = x.sigmoid()
+        _ = (x.unique(), x.roll(1), x.flip(0), x.cumsum(0), x.tril(), torch.cat([x, x]), x.std(0), x.var(), x.norm(dim=1), x.max(1))
+        _ = (F.normalize(x), F.one_hot(torch.tensor([1, 2])), x.repeat(2, 2), x.repeat_interleave(2), torch.where(x > 0), x[x > 0])
+        _ = (x.masked_fill(x > 0, 1), F.pad(x, (1, 1)), F.unfold(x[None, None], 2), torch.meshgrid(x[0], x[0], indexing="ij"))
+        _ = (torch.bernoulli(half), torch.multinomial(half, 2), F.gumbel_softmax(x), F.cosine_similarity(x, x), x.quantile(0.5))
+        _ = (F.pairwise_distance(x, x), torch.bucketize(x, x[0].sort()[0]), torch.histc(x), x.logsumexp(0), torch.linalg.norm(x[0]))
+        _ = (torch.cross(x[:, :3], x[:, :3]), x.diagonal(), torch.block_diag(x, x), x.scatter_reduce(0, x.long() * 0, x, "sum"))
+        _ = (torch.complex(x, x).abs(), x.nan_to_num(), torch.isin(x, x), x.lerp(x, 0.5), x.addcmul(x, x), torch.logical_and(x, x))
+        _ = (x.any(), x.all(), torch.randperm(5), torch.randn_like(x), x.new_zeros(3), nn.init.trunc_normal_(torch.empty(3)))
+        _ = (torch.allclose(x, x), F.huber_loss(x, x), F.binary_cross_entropy_with_logits(x, half), torch.diff(x), x.argmax())
+        _ = (
+            F.cross_entropy(x, torch.tensor([1, 2, 3])),
+            F.kl_div(x, half),
+            F.triplet_margin_loss(x, x, x),
+            x.median(),
+            x.clone().t_(),
+        )
+        _ = (F.glu(x), F.prelu(x, x[0, :1]), F.hardswish(x), F.mish(x), F.softplus(x), F.embedding(x.long() * 0, x), x.tolist())
+        _ = (
+            x.index_add(0, torch.tensor([0]), x[:1]),
+            x.clone().transpose_(0, 1),
+            F.fold(torch.ones(1, 4, 4), (3, 3), 2),
+            x.int() & 1,
+        )
+        x = x.clone()
+        x[0, 1] = 3
+        return x
+
+    record = profile(many, (torch.randn(3, 8),), timed=False)
+    assert (record.uncovered, record.macs) == ({}, 0)
+
+
+def test_an_operator_that_hands_its_work_to_the_compiler_is_refused() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    with pytest.raises(UncountedOperatorError, match="flex_attention hands a Python function to the compiler"):
+        macs(lambda q: flex_attention(q, q, q), _z(1, 2, 16, 8))
+
+
+def test_counts_survive_checkpointing_vmap_and_functional_calls() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    layer, x = nn.Linear(8, 4), _z(3, 8)
+    assert macs(lambda x: checkpoint(layer, x, use_reentrant=False), x) == 96
+    assert macs(lambda x: checkpoint(layer, x, use_reentrant=True), x) == 96
+    assert macs(torch.vmap(lambda row: layer.weight @ row), x) == 96
+    assert macs(lambda x: torch.func.functional_call(layer, dict(layer.named_parameters()), x), x) == 96
+
+
 # --- coverage, strictness, formulas of others --------------------------------------------------------------------------
 
 
