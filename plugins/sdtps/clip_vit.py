@@ -50,20 +50,18 @@ class CameraEmbedding(nn.Module):
         """The cameras' vectors.
 
         Raises:
-            ValueError: for an unseen camera, if those are errors and the labels are on the CPU. On an accelerator the
-                check is made there and fails without waiting for it.
+            ValueError: for an unseen camera, if those are errors. In training on an accelerator, and in compiled or
+                exported code, nothing waits for this check: the vector is NaN there, which the trainer and the evaluation refuse.
         """
         known = (cameras >= 0) & (cameras < len(self.table))
-        if self.unseen == "error":
-            if cameras.device.type == "cuda":
-                torch._assert_async(known.all())
-            elif not bool(known.all()):
-                raise ValueError(
-                    f"camera {int(cameras[~known][0])} is not among the {len(self.table)} training cameras; relabel it, or set the "
-                    "backbone's camera_unseen = 'zero' to go on without its embedding"
-                )
+        waits = cameras.device.type == "cpu" or not self.training
+        if self.unseen == "error" and waits and not torch.compiler.is_compiling() and not bool(known.all()):
+            raise ValueError(
+                f"camera {int(cameras[~known][0])} is not among the {len(self.table)} training cameras; relabel it, or set the "
+                "backbone's camera_unseen = 'zero' to go on without its embedding"
+            )
         rows = self.table[cameras.clamp(0, len(self.table) - 1)]
-        return torch.where(known[:, None], rows * self.weight, 0.0)
+        return torch.where(known[:, None], rows * self.weight, torch.nan if self.unseen == "error" else 0.0)
 
 
 @register("backbone", paper="CLIP, sec. 2.4; TransReID, sec. 3.3; DeMo")

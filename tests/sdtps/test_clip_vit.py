@@ -136,6 +136,13 @@ def test_camera_embedding_by_table_and_for_unseen_cameras():
             strict(torch.tensor([0, unseen]))
 
 
+def test_exported_code_gives_nan_for_an_unseen_camera():
+    layer = CameraEmbedding(3, 4)
+    program = torch.export.export(layer.eval(), (torch.tensor([0, 2]),)).module()
+    torch.testing.assert_close(program(torch.tensor([1, 2])), layer.table[1:].detach())
+    assert program(torch.tensor([1, -1])).isnan().any(1).tolist() == [False, True]
+
+
 def test_camera_embedding_starts_as_told():
     torch.manual_seed(3)
     table = CameraEmbedding(2000, 8, std=0.02).table
