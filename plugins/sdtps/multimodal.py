@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from core.profile import TokenReport
 from core.registry import register
 from plugins.sdtps.token_aggregation import TokenAggregation
 from plugins.sdtps.token_sparse import Selection, Similarity, TokenSparse, attention_maps, require_choice, select
@@ -117,6 +118,17 @@ class MultiModalSDTPS(nn.Module):
         if self.aggregate is not None:
             return cast(TokenAggregation, self.aggregate[self.modalities[0]]).num_out + extra
         return self.num_patches if first.selection == "in_place" else first.kept_count(self.num_patches) + extra
+
+    def token_report(self) -> TokenReport:
+        """Tokens of a modality, stage by stage. `in_place` masks: its dropped tokens are zeroed and still there."""
+        first = self.selectors[0]
+        kept = first.kept_count(self.num_patches)
+        stages = [("patches", self.num_patches), ("kept", kept)]
+        if self.aggregate is not None:
+            stages.append(("aggregated", cast(TokenAggregation, self.aggregate[self.modalities[0]]).num_out))
+        if first.extra_mode != "none":
+            stages.append(("with extra", self.num_out))
+        return TokenReport(stages, masked=first.selection == "in_place")
 
     def forward(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from core.data import Stream, to_device
 from core.distributed import gather
 from core.metrics import reid
+from core.profile import token_reports
 from core.registry import register
 from core.task import DataCard, StepResult, Table, Task
 from plugins.sdtps.augmentation import EvalTransform, TrainTransform
@@ -96,6 +97,7 @@ class ReID(Task):
         self.eval_batch, self.workers, self.cache = eval_batch, workers, cache
         self.backbone_lr, self.bias_lr_scale, self.sample_seed = backbone_lr, bias_lr_scale, sample_seed
         self.published = dict(published or {})
+        self.stages: dict[str, list[tuple[str, int]]] = {}
 
     # --- data
 
@@ -198,6 +200,7 @@ class ReID(Task):
 
     def conclude(self, model: nn.Module) -> dict[str, float]:
         """The six missing-modality conditions: query and gallery both without, nothing retrained."""
+        self.stages = {name: list(report.stages) for name, report in token_reports(model).items()}
         metrics: dict[str, float] = {}
         for missing in MISSING:
             metrics.update(self._score(model, missing)[self.feature].metrics(RANKS, prefix=f"missing {'+'.join(missing)}/"))
@@ -224,12 +227,8 @@ class ReID(Task):
         return [*tables, *self._token_tables()]
 
     def _token_tables(self) -> list[Table]:
-        stages = getattr(self, "stages", None)
-        if not stages:
-            return []
-        first = stages[0][1]
-        rows = [[stage, count, f"{count / first:.1%}"] for stage, count in stages]
-        return [Table("tokens of a modality", ("stage", "tokens", "of patches"), rows)]
+        rows = [[stage, count, f"{count / stages[0][1]:.1%}"] for stages in self.stages.values() for stage, count in stages]
+        return [Table("tokens of a modality", ("stage", "tokens", "of patches"), rows)] if rows else []
 
     def pictures(self, model: nn.Module, folder: Path) -> None:
         """`tokens.png`: kept patches bright, dropped ones dark, for a few test images in every spectrum."""

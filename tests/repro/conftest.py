@@ -20,7 +20,7 @@ def sample(tmp_path_factory):
     from plugins.sdtps.rgbnt_sample import rgbnt_sample
 
     root = tmp_path_factory.mktemp("data") / "RGBNT201"
-    rgbnt_sample(str(root), train_identities=6, train_cameras=2, train_images=2, test_identities=4, test_images=2, height=64, width=32)
+    rgbnt_sample(str(root), train_identities=6, train_cameras=2, train_images=2, test_identities=4, test_images=2, sharing=1, height=64, width=32)
     return root
 
 
