@@ -75,7 +75,8 @@ def standing_table(found: sweep.Sweep, rows: Sequence[sweep.Standing], costs: di
         if costs:
             line.append(f"{costs[row.run.name] / 3600:.3f}" if row.run.name in costs and row.state != "finished" else "")
         if said:
-            line.append(row.message if len(row.message) <= _MESSAGE else row.message[: _MESSAGE - 1] + "…")
+            first = row.message.partition("\n")[0]
+            line.append(first if len(first) <= _MESSAGE else first[: _MESSAGE - 1] + "…")
         lines.append(line)
     return table(headings, lines)
 

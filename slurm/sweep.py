@@ -174,6 +174,8 @@ def plan(
             config = draft.config([*overrides, *combination.overrides])
         except configs.ConfigError as error:
             for problem in error.problems:
+                for override in combination.overrides:  # one line a name, however many values it has
+                    problem = problem.replace(f"--set {override}: ", f"--grid {override.partition('=')[0]}: ", 1)
                 problems[problem] = problems.get(problem, 0) + 1
             continue
         named = f"{config.stem}-{config.signature}"
