@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from core.layers import DropPath
 from core.registry import register
+from plugins.sam.batch_norm import BatchNorm
 
 AfterAttention = Callable[[Tensor, int, int], Tensor]  # (features b h w c, stage, block) -> features
 AfterStage = Callable[[Tensor, int], Tensor]  # (features b h w c, stage) -> features
@@ -253,7 +254,7 @@ class Downsample(nn.Module):
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
         self.reduce = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
-        self.norm = nn.BatchNorm2d(out_dim)
+        self.norm = BatchNorm(out_dim)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c2"]:
         return rearrange(self.norm(self.reduce(rearrange(x, "b h w c -> b c h w"))), "b c h w -> b h w c")
@@ -335,10 +336,10 @@ class DFormer(nn.Module):
 
         half = dims[0] // 2
         self.stem = nn.Sequential(
-            *(nn.Conv2d(3, half, 3, stride=2, padding=1), nn.BatchNorm2d(half), nn.GELU()),
-            *(nn.Conv2d(half, half, 3, padding=1), nn.BatchNorm2d(half), nn.GELU()),
-            *(nn.Conv2d(half, dims[0], 3, stride=2, padding=1), nn.BatchNorm2d(dims[0]), nn.GELU()),
-            *(nn.Conv2d(dims[0], dims[0], 3, padding=1), nn.BatchNorm2d(dims[0])),
+            *(nn.Conv2d(3, half, 3, stride=2, padding=1), BatchNorm(half), nn.GELU()),
+            *(nn.Conv2d(half, half, 3, padding=1), BatchNorm(half), nn.GELU()),
+            *(nn.Conv2d(half, dims[0], 3, stride=2, padding=1), BatchNorm(dims[0]), nn.GELU()),
+            *(nn.Conv2d(dims[0], dims[0], 3, padding=1), BatchNorm(dims[0])),
         )
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList()

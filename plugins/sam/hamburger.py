@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from core.registry import register
+from plugins.sam.batch_norm import BatchNorm
 
 
 class ConvNorm(nn.Sequential):
@@ -28,7 +29,7 @@ class ConvNorm(nn.Sequential):
     def __init__(self, dim: int, out_dim: int, *, eps: float, relu: bool = True):
         super().__init__()
         self.conv = nn.Conv2d(dim, out_dim, 1, bias=False)
-        self.norm = nn.BatchNorm2d(out_dim, eps=eps)
+        self.norm = BatchNorm(out_dim, eps=eps)
         if relu:
             self.relu = nn.ReLU()
 

@@ -1,0 +1,452 @@
+"""Which text goes with which image: class names, tags of each image, captions, both, or a control that says nothing.
+
+A *guidance* gives every image a fixed number of text tokens, zero-padded: (t, c) float32. Its vectors come from a text
+encoder (core.text). Tags and captions are read in the release's JSON forms and cached in its form, below the data set.
+
+Tags computed from label maps (the release ships such a file) tell the model the answer: they are refused, by name and by
+looking, unless `GroundTruthTags` is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from core.checkpoint import CheckpointError, write_atomic
+from core.registry import register
+from core.text import CLIP_PROMPTS, TextEncoder, WordLlamaText, prompted
+from plugins.sam.datasets import Record, RGBDScenes
+from plugins.sam.rgbd_sample import ORACLE
+
+_UPSTREAM_ALIASES = {
+    "refridgerator": "refrigerator", "night stand": "nightstand", "floor mat": "rug", "television": "tv", "books": "book",
+    "clothes": "clothing", "bathtub": "bath tub", "bookshelf": "bookcase", "shelves": "shelf",
+}  # fmt: skip
+_FIXED_ALIASES = {**_UPSTREAM_ALIASES, "fridge": "refrigerator"}
+LOOKED_AT, TOO_GOOD = 48, 0.9  # images compared with their labels, and the share that makes a file an oracle
+
+
+def normalise(label: str, rule: Literal["fixed", "upstream"] = "fixed") -> str:
+    """A label as it goes into a prompt: lower case, single spaces, spelled one way.
+
+    `upstream` leaves SUN RGB-D's underscores and its `fridge`, so that the encoder reads "a floor_mat"; `fixed` gives both
+    data sets the same words.
+    """
+    text = label.replace("_", " ") if rule == "fixed" else label
+    text = " ".join(text.lower().split())
+    return (_FIXED_ALIASES if rule == "fixed" else _UPSTREAM_ALIASES).get(text, text)
+
+
+class Guidance:
+    """What every source of text offers. Subclasses set `count` and `dim`, and give `tokens` after `open`."""
+
+    count: int
+    dim: int
+
+    def open(self, scenes: RGBDScenes) -> dict[str, int]:
+        """Read what is needed for a data set; returns counts for the data card."""
+        raise NotImplementedError
+
+    def tokens(self, record: Record) -> Float[Tensor, "t c"]:
+        """Text tokens of an image, zero rows as padding."""
+        raise NotImplementedError
+
+    def words(self, record: Record) -> list[str]:
+        """What the tokens say, for pictures; empty where it cannot be said."""
+        return []
+
+
+class _Named(Guidance):
+    """Guidance whose tokens stand for names: holds the encoder and how names become vectors."""
+
+    def __init__(
+        self, encoder: Callable[..., TextEncoder], prompts: str, label_alias: Literal["fixed", "upstream"], renorm_text: bool
+    ):
+        if prompts not in ("clip", "none"):
+            raise ValueError(f"prompts must be clip (three prompts) or none (the bare label), got {prompts!r}")
+        if label_alias not in ("fixed", "upstream"):
+            raise ValueError(f"label_alias must be fixed or upstream, got {label_alias!r}")
+        self.encoder = encoder()
+        self.dim = self.encoder.dim
+        self.prompts, self.label_alias, self.renorm_text = prompts, label_alias, renorm_text
+
+    def vectors(self, names: Sequence[str]) -> Float[Tensor, "n c"]:
+        prompts = CLIP_PROMPTS if self.prompts == "clip" else ()
+        return prompted(self.encoder, names, prompts, renormalise=self.renorm_text)
+
+    def key(self, *more: Any) -> str:
+        parts = [self.encoder.fingerprint, self.prompts, self.label_alias, self.renorm_text, *more]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _padded(vectors: Tensor, count: int) -> Tensor:
+    out = torch.zeros(count, vectors.shape[1])
+    out[: len(vectors)] = vectors[:count]
+    return out
+
+
+def _json(path: Path, what: str) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{what} file {path} does not exist")
+    text = path.read_text(encoding="utf-8").strip()
+    if not text:
+        raise ValueError(f"{what} file {path} is empty")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{what} file {path} is not JSON: {error}") from error
+
+
+class _Stored:
+    """The release's cache: `<root>/.text_cache/<key>/<source>/embeds.pt` with pad_len, feats and names."""
+
+    def __init__(self, root: Path, key: str, source: str):
+        self.path = root / ".text_cache" / key / source / "embeds.pt"
+
+    def load(self, count: int, dim: int) -> dict[str, Tensor] | None:
+        if not self.path.is_file():
+            return None
+        try:
+            held = torch.load(self.path, map_location="cpu", weights_only=True)
+            feats = {str(k): v.float() for k, v in held["feats"].items()}
+        except Exception:  # damaged: it is made again
+            return None
+        return feats if held["pad_len"] == count and all(v.shape == (count, dim) for v in feats.values()) else None
+
+    def save(self, feats: Mapping[str, Tensor], names: Mapping[str, list[str]], count: int) -> None:
+        buffer = io.BytesIO()
+        torch.save({"pad_len": count, "feats": dict(feats), "names": dict(names)}, buffer)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, buffer.getvalue())
+        except (OSError, CheckpointError):  # a data set that cannot be written to goes without a cache
+            return
+
+
+class _Matcher:
+    """Finds the entry of an image among keys such as `RGB/12.jpg`.
+
+    `exact` takes the path, then the file name, then the stem. `upstream` falls back on any number in the file name, and can
+    so give an image the entry of another (SUN RGB-D's train_7 and test_7).
+    """
+
+    def __init__(self, keys: Sequence[str], rule: Literal["exact", "upstream"]):
+        self.keys: dict[str, str] = {}
+        for form in (lambda k: k, lambda k: Path(k).name, lambda k: Path(k).stem):
+            for key in keys:
+                self.keys.setdefault(form(key), key)
+        self.numbers: dict[str, str] = {}
+        if rule == "upstream":
+            for key in keys:
+                for number in re.findall(r"\d+", Path(key).stem):
+                    self.numbers.setdefault(str(int(number)), key)
+
+    def find(self, image: str) -> str | None:
+        for form in (image, Path(image).name, Path(image).stem):
+            if form in self.keys:
+                return self.keys[form]
+        return next((self.numbers[n] for x in re.findall(r"\d+", Path(image).stem) if (n := str(int(x))) in self.numbers), None)
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+@register("guidance", paper="DFormerv2 with text fusion (released code), source imglabels")
+class ImageTags(_Named):
+    """Tags of each image, from JSON: {"RGB/<name>.jpg": ["bed", {"label": "lamp"}, …]}.
+
+    Args:
+        path: the file; None takes `tags.json` in the data set's folder.
+        encoder: constructor of the text encoder.
+        max_tags: tokens of an image; repeated tags count once, the first ones stay.
+        prompts: `clip` averages three prompts, `none` takes the bare label.
+        label_alias: see `normalise`.
+        renorm_text: give averaged prompts unit length again (the release does not).
+        match: how an image finds its entry, `exact` or `upstream` (any number in its name).
+        cache: keep the vectors in the release's cache below the data set.
+
+    Raises:
+        ValueError: if the file is missing, empty, of another form, names none of the images, or was computed from labels.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        encoder: Callable[..., TextEncoder] = WordLlamaText,
+        max_tags: int = 6,
+        prompts: Literal["clip", "none"] = "clip",
+        label_alias: Literal["fixed", "upstream"] = "fixed",
+        renorm_text: bool = False,
+        match: Literal["exact", "upstream"] = "exact",
+        cache: bool = True,
+    ):
+        super().__init__(encoder, prompts, label_alias, renorm_text)
+        if max_tags < 1:
+            raise ValueError(f"max_tags must be at least 1, got {max_tags}")
+        if match not in ("exact", "upstream"):
+            raise ValueError(f"match must be exact or upstream, got {match!r}")
+        self.path, self.count, self.match, self.cache = path, max_tags, match, cache
+
+    def read(self, path: Path) -> dict[str, list[str]]:
+        """Normalised tags by key, in order, each once."""
+        loaded = _json(path, "tag")
+        if not isinstance(loaded, dict):
+            raise ValueError(f"tag file {path} must be a JSON object from image to tags, this is a {type(loaded).__name__}")
+        table: dict[str, list[str]] = {}
+        for key, entries in loaded.items():
+            labels = []
+            for entry in entries if isinstance(entries, list) else [entries]:
+                if isinstance(entry, dict):
+                    entry = next((entry[k] for k in ("label", "name", "text") if k in entry), None)
+                if not isinstance(entry, str):
+                    raise ValueError(
+                        f"tag file {path}: {key} holds {entry!r}; a tag is a string or an object with label, name or text"
+                    )
+                if entry.strip():
+                    labels.append(normalise(entry, self.label_alias))
+            table[key] = list(dict.fromkeys(labels))
+        if not any(table.values()):
+            raise ValueError(f"tag file {path} holds no tags ({len(table)} images)")
+        return table
+
+    def open(self, scenes: RGBDScenes) -> dict[str, int]:
+        path = Path(self.path) if self.path is not None else scenes.root / "tags.json"
+        if path.name == ORACLE:
+            raise ValueError(_refusal(path, "its name says so"))
+        table = self.read(path)
+        matcher = _Matcher(list(table), self.match)
+        records = (*scenes.train, *scenes.test)
+        found = {r.image: matcher.find(r.image) for r in records}
+        without = sum(k is None for k in found.values())
+        if without == len(records):
+            raise ValueError(
+                f"tag file {path} names none of the {len(records)} images; its keys look like {next(iter(table))!r}, images like {records[0].image!r}"
+            )
+        self.names = {image: table[key] if key is not None else [] for image, key in found.items()}
+        self._refuse_oracle(path, scenes)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        stored = _Stored(scenes.root, self.key(scenes.title, self.count, self.match, digest), "imglabels")
+        feats = stored.load(self.count, self.dim) if self.cache else None
+        if feats is None or not set(self.names) <= set(feats):
+            vocabulary = sorted({name for names in self.names.values() for name in names[: self.count]})
+            vectors = dict(zip(vocabulary, self.vectors(vocabulary)))
+            feats = {
+                i: _padded(torch.stack([vectors[n] for n in v]) if v else torch.zeros(0, self.dim), self.count)
+                for i, v in self.names.items()
+            }
+            if self.cache:
+                stored.save(feats, self.names, self.count)
+        self.feats = feats
+        return {"images_without_tags": sum(not n for n in self.names.values())}
+
+    def _refuse_oracle(self, path: Path, scenes: RGBDScenes) -> None:
+        """Compare tags with the largest classes of the label maps on some training images."""
+        known = {normalise(name, self.label_alias): k for k, name in enumerate(scenes.classes)}
+        step = max(1, len(scenes.train) // LOOKED_AT)
+        agree, looked = 0, 0
+        for record in scenes.train[::step][:LOOKED_AT]:
+            told = {known[n] for n in self.names[record.image] if n in known}
+            if len(told) < 2:
+                continue
+            counts = np.bincount(scenes.read(record).label.ravel(), minlength=256)[: min(37, len(scenes.classes))]
+            looked += 1
+            agree += told == set(np.argsort(-counts, kind="stable")[: len(told)].tolist())
+        if looked >= 8 and agree / looked >= TOO_GOOD:
+            raise ValueError(
+                _refusal(path, f"on {agree} of {looked} images the tags are exactly the largest classes of the label map")
+            )
+
+    def tokens(self, record: Record) -> Float[Tensor, "t c"]:
+        return self.feats[record.image]
+
+    def words(self, record: Record) -> list[str]:
+        return self.names[record.image][: self.count]
+
+
+def _refusal(path: Path, why: str) -> str:
+    return (
+        f"tag file {path} was computed from the label maps: {why}. Such tags tell the model the answer; "
+        "if that is what you want, ask for it by name: sam.GroundTruthTags"
+    )
+
+
+@register("guidance", paper="DFormerv2 with text fusion (released code), its ground-truth tag file")
+class GroundTruthTags(_Named):
+    """The largest classes of the label map, of training *and* test images: an upper bound, never a result.
+
+    Args:
+        max_tags: tokens of an image.
+        encoder, prompts, label_alias, renorm_text: as in ImageTags.
+    """
+
+    def __init__(
+        self,
+        max_tags: int = 5,
+        encoder: Callable[..., TextEncoder] = WordLlamaText,
+        prompts: Literal["clip", "none"] = "clip",
+        label_alias: Literal["fixed", "upstream"] = "fixed",
+        renorm_text: bool = False,
+    ):
+        super().__init__(encoder, prompts, label_alias, renorm_text)
+        self.count = max_tags
+
+    def open(self, scenes: RGBDScenes) -> dict[str, int]:
+        names = [normalise(name, self.label_alias) for name in scenes.classes]
+        vectors = self.vectors(names)
+        self.feats, self.names = {}, {}
+        for record in (*scenes.train, *scenes.test):
+            counts = np.bincount(scenes.read(record).label.ravel(), minlength=256)[: min(37, len(names))]
+            order = [k for k in np.argsort(-counts, kind="stable")[: self.count].tolist() if counts[k]]
+            self.feats[record.image], self.names[record.image] = _padded(vectors[order], self.count), [names[k] for k in order]
+        return {"images_with_tags_from_labels": len(self.feats)}
+
+    def tokens(self, record: Record) -> Float[Tensor, "t c"]:
+        return self.feats[record.image]
+
+    def words(self, record: Record) -> list[str]:
+        return self.names[record.image]
+
+
+@register("guidance", paper="DFormerv2 with text fusion (released code), source labels")
+class ClassNames(_Named):
+    """All class names of the data set, the same for every image.
+
+    Args:
+        encoder, prompts, label_alias, renorm_text: as in ImageTags.
+    """
+
+    def __init__(
+        self,
+        encoder: Callable[..., TextEncoder] = WordLlamaText,
+        prompts: Literal["clip", "none"] = "clip",
+        label_alias: Literal["fixed", "upstream"] = "fixed",
+        renorm_text: bool = False,
+    ):
+        super().__init__(encoder, prompts, label_alias, renorm_text)
+        self.count = 0  # known once the data set is open
+
+    def open(self, scenes: RGBDScenes) -> dict[str, int]:
+        self.names = [normalise(name, self.label_alias) for name in scenes.classes]
+        self.feats = self.vectors(self.names)
+        self.count = len(self.names)
+        return {}
+
+    def tokens(self, record: Record) -> Float[Tensor, "t c"]:
+        return self.feats
+
+    def words(self, record: Record) -> list[str]:
+        return self.names
+
+
+@register("guidance", paper="DFormerv2 with text fusion (released code), source captions")
+class Captions(_Named):
+    """Sentences of a description of each image, from JSON: [{"rgb_path": "RGB/<name>.jpg", "description": "…"}, …].
+
+    Args:
+        path: the file.
+        max_sentences: tokens of an image.
+        encoder, renorm_text: as in ImageTags (sentences stand for themselves, without prompts).
+        match: as in ImageTags.
+
+    Raises:
+        ValueError: if the file is missing, empty, of another form, or describes none of the images.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        max_sentences: int = 10,
+        encoder: Callable[..., TextEncoder] = WordLlamaText,
+        renorm_text: bool = False,
+        match: Literal["exact", "upstream"] = "exact",
+    ):
+        super().__init__(encoder, "none", "fixed", renorm_text)
+        if max_sentences < 1:
+            raise ValueError(f"max_sentences must be at least 1, got {max_sentences}")
+        self.path, self.count, self.match = path, max_sentences, match
+
+    def open(self, scenes: RGBDScenes) -> dict[str, int]:
+        loaded = _json(Path(self.path), "caption")
+        if not isinstance(loaded, list) or not all(isinstance(e, dict) and {"rgb_path", "description"} <= set(e) for e in loaded):
+            raise ValueError(f"caption file {self.path} must be a JSON list of objects with rgb_path and description")
+        table = {
+            str(e["rgb_path"]): [s.strip() for s in re.split(r"[.!?;。！？；]+", str(e["description"])) if s.strip()]
+            for e in loaded
+        }
+        matcher = _Matcher(list(table), self.match)  # type: ignore[arg-type]
+        records = (*scenes.train, *scenes.test)
+        found = {r.image: matcher.find(r.image) for r in records}
+        if all(k is None for k in found.values()):
+            raise ValueError(f"caption file {self.path} describes none of the {len(records)} images")
+        self.sentences = {image: table[key][: self.count] if key is not None else [] for image, key in found.items()}
+        self.feats = {image: _padded(self.vectors(s), self.count) for image, s in self.sentences.items()}
+        return {"images_without_caption": sum(not s for s in self.sentences.values())}
+
+    def tokens(self, record: Record) -> Float[Tensor, "t c"]:
+        return self.feats[record.image]
+
+    def words(self, record: Record) -> list[str]:
+        return self.sentences[record.image]
+
+
+@register("guidance", paper="DFormerv2 with text fusion (released code), source both")
+class BothTexts(Guidance):
+    """Two sources, one after the other; both must be of one width.
+
+    Args:
+        first, second: constructors of guidances.
+    """
+
+    def __init__(self, first: Callable[..., Guidance] = ClassNames, second: Callable[..., Guidance] = ImageTags):
+        self.parts = (first(), second())
+        widths = [part.dim for part in self.parts]
+        if widths[0] != widths[1]:
+            raise ValueError(f"both sources must give tokens of one width, got {widths[0]} and {widths[1]}; give them one encoder")
+        self.dim, self.count = widths[0], 0
+
+    def open(self, scenes: RGBDScenes) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for part in self.parts:
+            found.update(part.open(scenes))
+        self.count = sum(part.count for part in self.parts)
+        return found
+
+    def tokens(self, record: Record) -> Float[Tensor, "t c"]:
+        return torch.cat([part.tokens(record) for part in self.parts])
+
+    def words(self, record: Record) -> list[str]:
+        return [word for part in self.parts for word in part.words(record)]
+
+
+@register("guidance", paper="control; not in the release")
+class ConstantTokens(Guidance):
+    """The same random tokens for every image: all the parameters and compute of text guidance, and no information.
+
+    Args:
+        max_tags: tokens of an image.
+        dim: their width.
+        seed: names them.
+    """
+
+    def __init__(self, max_tags: int = 6, dim: int = 256, seed: int = 0):
+        if max_tags < 1 or dim < 1:
+            raise ValueError(f"max_tags and dim must be at least 1, got {max_tags} and {dim}")
+        self.count, self.dim = max_tags, dim
+        drawn = torch.randn(max_tags, dim, generator=torch.Generator().manual_seed(seed))
+        self.feats = drawn / drawn.norm(dim=-1, keepdim=True)
+
+    def open(self, scenes: RGBDScenes) -> dict[str, int]:
+        return {}
+
+    def tokens(self, record: Record) -> Float[Tensor, "t c"]:
+        return self.feats
