@@ -15,8 +15,6 @@ confirm are rows of the same ledger, compared with run folders by their metric.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -150,12 +148,9 @@ def load(plugin: str) -> None:
 
     Raises:
         KeyError: if no such plugin is installed.
-        registry.PluginError: if it does not import.
+        registry.PluginError: if it, or its claims, do not import.
     """
-    registry.load_plugin(plugin)
-    module = f"{registry.plugins()[plugin].package}.claims"
-    if importlib.util.find_spec(module) is not None:
-        importlib.import_module(module)
+    registry.load_part(plugin, "claims")
 
 
 def of(plugin: str) -> list[Claim]:

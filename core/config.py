@@ -194,10 +194,10 @@ class Config:
 
 
 def config_root() -> Path:
-    """The folder of the project's own gin files: `gin/` of a checkout, or the copy a wheel carries."""
+    """The folder of the project's own gin files: the copy that a wheel carries, or `gin/` of a checkout."""
     top = Path(__file__).resolve().parent.parent
-    checkout = top / "gin"
-    return checkout if checkout.is_dir() else top / "repro" / "configs"
+    packed = top / "repro" / "configs"  # looked for first: beside an installed core, `gin/` is the gin library
+    return packed if packed.is_dir() else top / "gin"
 
 
 def locate(name: str, relative_to: Path | None = None) -> Path:
@@ -223,11 +223,16 @@ def locate(name: str, relative_to: Path | None = None) -> Path:
             places = [relative_to / path] if relative_to else []
             tail = Path(*path.parts[1:]) if path.parts and path.parts[0] == "gin" else path
             places += [Path.cwd() / path, config_root() / tail]
+            if relative_to and _below(relative_to, [config_root()]):  # what an installed file includes is installed with it
+                places[-2:] = reversed(places[-2:])
     for place in places:
         if place.is_file():
             return place
-    available = sorted(str(p.relative_to(config_root().parent)) for p in config_root().rglob("*.gin"))
-    near = registry.nearest(str(name), available)
+    available = ["gin/" + p.relative_to(config_root()).as_posix() for p in config_root().rglob("*.gin")]
+    for owner in registry.plugins().values():
+        inside = owner.folder / "gin" if owner.folder else None
+        available += [f"{owner.name}:{p.relative_to(inside).as_posix()}" for p in inside.rglob("*.gin")] if inside else []
+    near = registry.nearest(str(name), sorted(available))
     hint = f"; nearest: {', '.join(near)}" if near else ""
     raise ConfigError([f"no gin file {name!r} (looked for {', '.join(str(p) for p in places)}){hint}"])
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import json
 import math
 import zlib
@@ -320,13 +319,10 @@ def load_adapters() -> dict[str, str]:
         if isinstance(outcome, registry.PluginError):
             failed[name] = outcome.cause
             continue
-        module = f"{registry.plugins()[name].package}.golden"
-        if importlib.util.find_spec(module) is None:
-            continue
         try:
-            importlib.import_module(module)
-        except Exception as error:
-            failed[name] = f"{module}: {type(error).__name__}: {error}"
+            registry.load_part(name, "golden")
+        except registry.PluginError as error:
+            failed[name] = error.cause
     return failed
 
 

@@ -15,6 +15,7 @@ and its modules decorate classes with `@register(kind, paper=…)`. Two views of
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -30,7 +31,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 GROUP = "repro.plugins"
 INTERFACE = 1
@@ -438,6 +439,22 @@ def source_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _one_line(plugin: Plugin, limit_s: float) -> Iterator[None]:
+    """Whatever importing a plugin's code raises becomes one PluginError."""
+    try:
+        yield
+    except PluginError:
+        raise
+    except _ImportTimeout:
+        raise PluginError(plugin.name, plugin.distribution, f"its import took longer than {limit_s:g} s") from None
+    except (Exception, SystemExit) as cause:
+        frames = traceback.extract_tb(cause.__traceback__)
+        where = next((f" at {f.filename}:{f.lineno}" for f in reversed(frames) if str(plugin.folder) in f.filename), "")
+        said = f"exited with {cause.code!r}" if isinstance(cause, SystemExit) else f"{type(cause).__name__}: {cause}"
+        raise PluginError(plugin.name, plugin.distribution, " ".join(f"{said}{where}".split())) from cause
+
+
 def load_plugin(name: str, *, limit_s: float = IMPORT_LIMIT_S) -> Passport:
     """Import one plugin and every module of it that registers something.
 
@@ -459,30 +476,41 @@ def load_plugin(name: str, *, limit_s: float = IMPORT_LIMIT_S) -> Passport:
     started = time.perf_counter()
     _LOADING.append(name)
     try:
-        if plugin.folder is None or name in plugin_problems():
-            raise PluginError(name, plugin.distribution, plugin_problems().get(name, "no folder"))
-        _import_limited(plugin.package, limit_s)
-        package = sys.modules[plugin.package]
-        _check_declaration(plugin, getattr(package, "__plugin__", None), getattr(package, "__interface__", None))
-        for module in sorted({c.module for c in index().values() if c.plugin == name}):
-            _import_limited(module, limit_s)
+        with _one_line(plugin, limit_s):
+            if plugin.folder is None or name in plugin_problems():
+                raise PluginError(name, plugin.distribution, plugin_problems().get(name, "no folder"))
+            _import_limited(plugin.package, limit_s)
+            package = sys.modules[plugin.package]
+            _check_declaration(plugin, getattr(package, "__plugin__", None), getattr(package, "__interface__", None))
+            for module in sorted({c.module for c in index().values() if c.plugin == name}):
+                _import_limited(module, limit_s)
     except PluginError as error:
         _FAILED[name] = error
         raise
-    except _ImportTimeout:
-        _FAILED[name] = PluginError(name, plugin.distribution, f"its import took longer than {limit_s:g} s")
-        raise _FAILED[name] from None
-    except (Exception, SystemExit) as cause:
-        frames = traceback.extract_tb(cause.__traceback__)
-        where = next((f" at {f.filename}:{f.lineno}" for f in reversed(frames) if str(plugin.folder) in f.filename), "")
-        said = f"exited with {cause.code!r}" if isinstance(cause, SystemExit) else f"{type(cause).__name__}: {cause}"
-        _FAILED[name] = PluginError(name, plugin.distribution, f"{said}{where}")
-        raise _FAILED[name] from cause
     finally:
         _LOADING.pop()
     names = tuple(sorted(n for n in _REGISTERED if n.startswith(name + ".")))
     _PASSPORTS[name] = Passport(name, time.perf_counter() - started, source_hash(plugin.folder), names)
     return _PASSPORTS[name]
+
+
+def load_part(name: str, part: Literal["claims", "golden"], *, limit_s: float = IMPORT_LIMIT_S) -> bool:
+    """Import `<package>.<part>` of a plugin, where it has one; returns whether it has.
+
+    Raises:
+        PluginError: as `load_plugin`, with the part's name in the cause.
+    """
+    load_plugin(name, limit_s=limit_s)
+    plugin = plugins()[name]
+    module = f"{plugin.package}.{part}"
+    if importlib.util.find_spec(module) is None:
+        return False
+    try:
+        with _one_line(plugin, limit_s):
+            _import_limited(module, limit_s)
+    except PluginError as error:
+        raise PluginError(name, plugin.distribution, f"{module}: {error.cause}") from error.__cause__
+    return True
 
 
 def load_component(name: str) -> None:

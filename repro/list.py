@@ -1,4 +1,4 @@
-"""Components: name, kind, plugin, paper, and where each is installed from. Nothing is imported unless asked for.
+"""Components: name, kind, distribution and version, file, paper. Nothing is imported unless asked for.
 
 A plugin that cannot be imported is listed with its distribution and the cause.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 from core import registry
 
@@ -32,11 +34,12 @@ def main(args: argparse.Namespace) -> int:
             else:
                 problems[name] = outcome.cause
     plugins = registry.plugins()
+    versions, own = {p.name: p.version for p in plugins.values()}, version("ginrepro")
     if args.json:
         print(json.dumps({
             "components": [
                 {"name": c.name, "kind": c.kind, "plugin": c.plugin, "paper": c.paper, "equations": c.equations,
-                 "distribution": c.distribution, "file": c.file, "line": c.line} for c in found
+                 "distribution": c.distribution, "version": versions.get(c.plugin, own), "file": c.file, "line": c.line} for c in found
             ],
             "plugins": [
                 {"name": p.name, "package": p.package, "distribution": p.distribution, "version": p.version, "problem": problems.get(p.name),
@@ -45,11 +48,13 @@ def main(args: argparse.Namespace) -> int:
             ],
         }, indent=1))  # fmt: skip
         return 0
-    width = max((len(c.name) for c in found), default=4)
-    kinds = max((len(c.kind) for c in found), default=4)
+    rows = []
     for c in sorted(found, key=lambda c: (c.plugin != "core", c.plugin, c.kind, c.name)):
-        cited = " ".join(filter(None, (c.paper, c.equations)))
-        print(f"{c.name:<{width}}  {c.kind:<{kinds}}  {c.distribution:<10}  {cited or c.summary}")
+        cited = " ".join(filter(None, (c.paper, c.equations))) or c.summary
+        rows.append((c.name, c.kind, f"{c.distribution} {versions.get(c.plugin, own)}", f"{_short(c.file)}:{c.line}", cited))
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
+    for row in rows:
+        print("  ".join([f"{text:<{width}}" for text, width in zip(row, widths)] + [row[4]]))
     print()
     for p in plugins.values():
         if args.plugin not in (None, p.name):
@@ -61,6 +66,12 @@ def main(args: argparse.Namespace) -> int:
         if p.name in problems:
             print(f"plugin {p.name}: BROKEN ({p.distribution} {p.version}): {problems[p.name]}", file=sys.stderr)
     return 0
+
+
+def _short(file: str) -> str:
+    """A path as seen from here, where it is below."""
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
 
 
 if __name__ == "__main__":

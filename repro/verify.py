@@ -48,7 +48,7 @@ def golden(folder: Path, outcome: dict[str, object]) -> bool:
 
     paths = replaying.cases(folder)
     for name, cause in replaying.load_adapters().items():
-        print(f"plugin {name}: {cause}", file=sys.stderr)
+        print(f"plugin {name} (distribution {registry.plugins()[name].distribution}): {cause}", file=sys.stderr)
     rows, failed = [], 0
     for path in paths:
         try:
