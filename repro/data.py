@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,7 @@ def main(args: argparse.Namespace) -> int:
     if args.action == "make":
         function(args.root, **options)
         files = [p for p in Path(args.root).rglob("*") if p.is_file()]
-        print(
-            f"{args.root}: {len(files)} files, {sum(p.stat().st_size for p in files):,} bytes. A generated sample, not the published data set."
-        )
+        print(f"{args.root}: {len(files)} files, {sum(p.stat().st_size for p in files):,} bytes. {_statement(Path(args.root))}")
         return 0
     findings = function(args.root, **options)
     for finding in findings:
@@ -69,6 +68,14 @@ def main(args: argparse.Namespace) -> int:
     errors = sum(f.level == "error" for f in findings)
     print(f"{args.root}: {errors} errors, {sum(f.level == 'warning' for f in findings)} warnings", file=sys.stderr)
     return 1 if errors else 0
+
+
+def _statement(root: Path) -> str:
+    """What the made folder's manifest says it is."""
+    try:
+        return str(json.loads((root / "manifest.json").read_text(encoding="utf-8"))["statement"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "A generated sample, not the published data set."
 
 
 def _options(component: registry.Component, given: list[str]) -> dict[str, Any]:
