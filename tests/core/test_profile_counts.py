@@ -119,7 +119,7 @@ class Executed(TorchDispatchMode):
 def equations(draw: st.DrawFn) -> tuple[str, list[tuple[int, ...]], list[int] | None]:
     letters = "abcde"
     sizes = {letter: draw(st.integers(1, 4)) for letter in letters}
-    terms = draw(st.lists(st.lists(st.sampled_from(letters), min_size=1, max_size=4), min_size=1, max_size=3))
+    terms = draw(st.lists(st.lists(st.sampled_from(letters), min_size=1, max_size=4), min_size=1, max_size=4))
     used = sorted({letter for term in terms for letter in term})
     result = draw(st.permutations(draw(st.lists(st.sampled_from(used), unique=True))))
     dots = draw(st.booleans())
@@ -133,7 +133,8 @@ def equations(draw: st.DrawFn) -> tuple[str, list[tuple[int, ...]], list[int] | 
     equation = ",".join(prefix + "".join(term) for term in terms)
     if draw(st.booleans()) or dots:
         equation += "->" + prefix + "".join(result)
-    path = draw(st.sampled_from([None, [1, 2, 0, 1], [0, 2, 1, 0], [0, 1, 0, 1]])) if len(terms) == 3 else None
+    pairs = [x for left in range(len(terms), 1, -1) for x in draw(st.permutations(range(left)))[:2]]
+    path = pairs if len(terms) > 1 and draw(st.booleans()) else None
     return equation, shapes, path
 
 

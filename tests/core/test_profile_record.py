@@ -80,6 +80,30 @@ def test_a_failing_forward_leaves_nothing_switched_off() -> None:
     assert profile(nn.Linear(2, 2), torch.rand(1, 2), timed=False).macs == 4
 
 
+def test_a_failure_that_the_model_survives_does_not_shift_the_tree() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("not this way")
+
+    class Falls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Fails(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return self.first(x)
+            except ValueError:
+                return self.second(x) @ x.T
+
+    record = profile(Falls(), torch.rand(2, 4), repeats=1)
+    assert {row.name: row.macs for row in record.modules} == {"": 32 + 16, "first": 0, "second": 32}
+    seconds = {row.name: row.seconds for row in record.modules}
+    assert seconds[""] is not None
+    assert seconds["second"] is not None
+    assert seconds[""] > seconds["second"]
+
+
 def test_the_tree_adds_up() -> None:
     model = Runs().eval()
     record = profile(model, torch.rand(4, 8), repeats=1)
