@@ -241,7 +241,7 @@ class ImageTags(_Named):
             vocabulary = sorted({name for names in self.names.values() for name in names[: self.count]})
             vectors = dict(zip(vocabulary, self.vectors(vocabulary)))
             feats = {
-                i: _padded(torch.stack([vectors[n] for n in v]) if v else torch.zeros(0, self.dim), self.count)
+                i: _padded(torch.stack([vectors[n] for n in v[: self.count]]) if v else torch.zeros(0, self.dim), self.count)
                 for i, v in self.names.items()
             }
             if self.cache:

@@ -539,12 +539,33 @@ class View:
     labels: NDArray[np.uint8]
 
 
-def render(room: Room, size: tuple[int, int], rng: np.random.Generator) -> View:
-    """One picture of a room, from a random place near the wall z = 0."""
+@dataclasses.dataclass(frozen=True)
+class Camera:
+    """Where a camera stands and looks.
+
+    Attributes:
+        eye: position in the room, metres.
+        yaw, pitch: to the right and down, radians.
+        field: horizontal field of view, radians.
+    """
+
+    eye: tuple[float, float, float]
+    yaw: float
+    pitch: float
+    field: float
+
+
+def camera_in(room: Room, rng: np.random.Generator) -> Camera:
+    """A camera at eye height near the wall z = 0, looking into the room."""
+    eye = (room.width * rng.uniform(0.3, 0.7), rng.uniform(1.15, 1.7), rng.uniform(0.15, 0.4))
+    return Camera(eye, rng.uniform(-0.4, 0.4), rng.uniform(0.06, 0.34), math.radians(rng.uniform(58, 68)))
+
+
+def render(room: Room, camera: Camera, size: tuple[int, int], rng: np.random.Generator) -> View:
+    """One picture of a room in random light."""
     height, width = size
-    eye = np.array([room.width * rng.uniform(0.3, 0.7), rng.uniform(1.15, 1.7), rng.uniform(0.15, 0.4)])
-    yaw, pitch = rng.uniform(-0.4, 0.4), rng.uniform(0.06, 0.34)
-    focal = 0.5 * width / math.tan(math.radians(rng.uniform(58, 68)) / 2)
+    eye, yaw, pitch = np.array(camera.eye), camera.yaw, camera.pitch
+    focal = 0.5 * width / math.tan(camera.field / 2)
     y, x = np.mgrid[:height, :width].reshape(2, -1) + 0.5
     rays = np.stack([(x - width / 2) / focal, (height / 2 - y) / focal, np.ones(height * width)], -1)  # z along the optical axis
     tilt = np.array([[1, 0, 0], [0, math.cos(pitch), math.sin(pitch)], [0, -math.sin(pitch), math.cos(pitch)]])
@@ -661,7 +682,7 @@ def rgbd_sample(
             for i in range(count):
                 rng = data.generator(seed, _SPLITS[split], i)
                 room = furnish(rng)
-                view = render(room, (height, width), rng)
+                view = render(room, camera_in(room, rng), (height, width), rng)
                 stem, number = f"{number:04d}", number + 1
                 Image.fromarray(view.colour).save(folder / "RGB" / f"{stem}.jpg", quality=QUALITY)
                 Image.fromarray(encode_depth(view.depth, depth)).save(folder / "Depth" / f"{stem}.png")

@@ -1,0 +1,160 @@
+"""Which text goes with which image: the release's forms, its cache, its traps, and the refusal of ground truth."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from core.text import HashedText, prompted
+from plugins.sam.datasets import NYUDepthv2
+from plugins.sam.guidance import BothTexts, Captions, ClassNames, ConstantTokens, GroundTruthTags, ImageTags, normalise
+from plugins.sam.rgbd_sample import ORACLE
+
+ENCODER = functools.partial(HashedText, dim=16)
+Tags = functools.partial(ImageTags, encoder=ENCODER, cache=False)
+
+
+@pytest.fixture(scope="module")
+def scenes(sample):
+    return NYUDepthv2(str(sample))
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_tags_are_cleaned_cut_and_padded(scenes, tmp_path):
+    names = [r.image for r in scenes.train]
+    tags = {name: ["chair"] for name in (*names, *(r.image for r in scenes.test))}
+    tags[names[0]] = [
+        "Night  Stand",
+        "nightstand",
+        {"label": "Refridgerator"},
+        {"name": "floor_mat"},
+        {"text": "bed"},
+        "",
+        "sofa",
+        "desk",
+        "lamp",
+        "box",
+    ]
+    guidance = Tags(write(tmp_path / "t.json", tags))
+    assert guidance.open(scenes) == {"images_without_tags": 0}
+    assert guidance.words(scenes.train[0]) == ["nightstand", "refrigerator", "rug", "bed", "sofa", "desk"]
+    tokens = guidance.tokens(scenes.train[0])
+    assert_close(tokens, prompted(HashedText(16), guidance.words(scenes.train[0])))
+    one = guidance.tokens(scenes.train[1])
+    assert one.shape == (6, 16)
+    assert float(one[1:].abs().sum()) == 0  # padding
+
+
+def test_label_rules():
+    assert [normalise(x) for x in ("floor_mat", "Fridge", "night_stand", "tv", "television")] == [
+        "rug",
+        "refrigerator",
+        "nightstand",
+        "tv",
+        "tv",
+    ]
+    assert [normalise(x, "upstream") for x in ("floor_mat", "Fridge", "Night Stand")] == ["floor_mat", "fridge", "nightstand"]
+
+
+def test_the_sample_s_own_tags_are_accepted_and_cached_in_the_release_s_form(scenes):
+    first = ImageTags(encoder=ENCODER)
+    assert first.open(scenes)["images_without_tags"] <= 2
+    files = list((scenes.root / ".text_cache").glob("*/imglabels/embeds.pt"))
+    assert len(files) == 1
+    held = torch.load(files[0], weights_only=True)
+    assert set(held) == {"pad_len", "feats", "names"}
+    assert held["pad_len"] == 6
+    assert held["feats"]["RGB/0000.jpg"].shape == (6, 16)
+    second = ImageTags(encoder=ENCODER)
+    second.open(scenes)
+    assert all(torch.equal(first.tokens(r), second.tokens(r)) for r in scenes.train)
+    other = ImageTags(encoder=functools.partial(HashedText, dim=16, seed=1))  # another encoder, another key
+    other.open(scenes)
+    assert not torch.equal(other.tokens(scenes.train[0]), first.tokens(scenes.train[0]))
+    files[0].write_bytes(b"damaged")
+    third = ImageTags(encoder=ENCODER)
+    third.open(scenes)
+    assert torch.equal(first.tokens(scenes.train[0]), third.tokens(scenes.train[0]))
+
+
+def test_ground_truth_is_refused_by_name_and_by_looking(scenes, tmp_path):
+    with pytest.raises(ValueError, match=r"its name says so.*GroundTruthTags"):
+        Tags(str(scenes.root / ORACLE)).open(scenes)
+    (tmp_path / "innocent.json").write_text((scenes.root / ORACLE).read_text())
+    with pytest.raises(ValueError, match="on 10 of 10 images the tags are exactly the largest classes"):
+        Tags(str(tmp_path / "innocent.json")).open(scenes)
+    asked = GroundTruthTags(max_tags=5, encoder=ENCODER)
+    assert asked.open(scenes) == {"images_with_tags_from_labels": 13}
+    expected = [normalise(x) for x in json.loads((scenes.root / ORACLE).read_text())["RGB/0000.jpg"]]
+    assert asked.words(scenes.train[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "is empty"),
+        ("{}", r"holds no tags \(0 images\)"),
+        ('{"RGB/0000.jpg": []}', r"holds no tags \(1 images\)"),
+        ("[1]", "must be a JSON object from image to tags"),
+        ("{bad", "is not JSON"),
+        ('{"RGB/0000.jpg": [3]}', "holds 3; a tag is a string or an object"),
+        ('{"RGB/zz.jpg": ["bed"]}', "names none of the 13 images"),
+    ],
+)
+def test_a_bad_tag_file_is_one_clear_error(scenes, tmp_path, content, complaint):
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        Tags(str(tmp_path / "t.json")).open(scenes)
+
+
+def test_a_missing_tag_file_and_images_without_tags(scenes, tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        Tags(str(tmp_path / "none.json")).open(scenes)
+    guidance = Tags(write(tmp_path / "t.json", {"0000.jpg": ["bed"], "0001": ["sofa"]}))
+    assert guidance.open(scenes) == {"images_without_tags": 11}
+    assert guidance.words(scenes.train[0]) == ["bed"]
+    assert guidance.words(scenes.train[1]) == ["sofa"]
+    assert float(guidance.tokens(scenes.train[2]).abs().sum()) == 0
+
+
+def test_the_release_s_match_by_number_takes_another_image_s_tags(scenes, tmp_path):
+    path = write(tmp_path / "t.json", {"RGB/test_3.jpg": ["bed"]})
+    exact, upstream = Tags(path), Tags(path, match="upstream")
+    with pytest.raises(ValueError, match="names none"):
+        exact.open(scenes)
+    upstream.open(scenes)
+    assert upstream.words(scenes.train[3]) == ["bed"]  # 0003.jpg is another image
+
+
+def test_class_names_captions_both_and_the_control(scenes, tmp_path):
+    names = ClassNames(encoder=ENCODER)
+    names.open(scenes)
+    assert names.tokens(scenes.train[0]).shape == (40, 16)
+    assert torch.equal(names.tokens(scenes.train[0]), names.tokens(scenes.train[1]))
+
+    path = write(tmp_path / "c.json", [{"rgb_path": "RGB/0000.jpg", "description": "A bed stands left. A lamp! Nothing else?"}])
+    captions = Captions(path, max_sentences=4, encoder=ENCODER)
+    assert captions.open(scenes) == {"images_without_caption": 12}
+    assert captions.words(scenes.train[0]) == ["A bed stands left", "A lamp", "Nothing else"]
+    assert_close(captions.tokens(scenes.train[0])[:3].norm(dim=-1), torch.ones(3))
+    with pytest.raises(ValueError, match="must be a JSON list of objects"):
+        Captions(write(tmp_path / "d.json", {"a": 1}), encoder=ENCODER).open(scenes)
+
+    both = BothTexts(functools.partial(ClassNames, encoder=ENCODER), functools.partial(Captions, path, encoder=ENCODER))
+    both.open(scenes)
+    assert both.count == 50  # as in the release: 40 names and 10 sentences
+    assert both.tokens(scenes.train[0]).shape == (50, 16)
+    with pytest.raises(ValueError, match="one width, got 16 and 8"):
+        BothTexts(functools.partial(ClassNames, encoder=ENCODER), functools.partial(ConstantTokens, dim=8))
+
+    control = ConstantTokens(max_tags=6, dim=16)
+    control.open(scenes)
+    assert torch.equal(control.tokens(scenes.train[0]), control.tokens(scenes.test[0]))
+    assert np.linalg.matrix_rank(control.tokens(scenes.train[0]).numpy()) == 6
