@@ -172,6 +172,8 @@ class Recorder(TorchDispatchMode):
         if known:
             return known
         space, _, name = operator.partition("::")
+        if space in formulas.SILENT_SPACES:
+            return "layout", None
         if space in formulas.TORCH_SPACES:
             kind = _kind(name, func)
             if kind:

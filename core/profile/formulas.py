@@ -580,3 +580,6 @@ def is_matmul_class(operator: str) -> bool:
 
 # Namespaces of torch's own operators; every other one is a custom operator.
 TORCH_SPACES = frozenset(("aten", "prim", "prims", "quantized", "mkldnn", "mkl", "onednn"))
+
+# Namespaces that compute nothing: what a profiler notes, what ranks send each other.
+SILENT_SPACES = frozenset(("profiler", "prim", "c10d", "_c10d_functional", "c10d_functional"))

@@ -591,6 +591,15 @@ def test_an_operator_that_hands_its_work_to_the_compiler_is_refused() -> None:
         macs(lambda q: flex_attention(q, q, q), _z(1, 2, 16, 8))
 
 
+def test_profiler_marks_in_a_forward_are_no_operators() -> None:
+    def marked(x: Tensor) -> Tensor:
+        with torch.profiler.record_function("step"):
+            return x @ x
+
+    record = profile(marked, (_z(4, 4),), timed=False)
+    assert (record.macs, record.coverage) == (64, 1)
+
+
 def test_counts_survive_checkpointing_vmap_and_functional_calls() -> None:
     from torch.utils.checkpoint import checkpoint
 
