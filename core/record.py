@@ -202,6 +202,7 @@ class RunFolder:
         self._metrics: Any = None
         self._timing: Any = None
         self._board: Any = None
+        self._mirror: Any = None
         self.chatty = chatty
 
     # --- opening and closing
@@ -242,6 +243,8 @@ class RunFolder:
         for handle in (self._metrics, self._timing, self._board):
             if handle is not None:
                 handle.close()
+        if self._mirror is not None:
+            self._mirror.finish(exit_code=int(kind is not None))
         if self._status.get("state") == "running":
             self._status["state"] = "failed"
             self._status["message"] = f"{kind.__name__}: {error}" if kind else "ended without a result"
@@ -317,10 +320,28 @@ class RunFolder:
         os.fsync(self._metrics.fileno())
         return int(self._metrics.tell())
 
-    def board(self, step: int, values: Mapping[str, float]) -> None:
-        """Scalars to TensorBoard."""
+    def mirror_to(self, project: str, config: Mapping[str, Any]) -> None:
+        """Send scalars to Weights & Biases too, under the run folder's name (extra `wandb`; WANDB_MODE=offline keeps them here).
+
+        Raises:
+            ValueError: if wandb is not installed.
+        """
         if not self.writes:
             return
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("--wandb needs the package wandb; pip install 'ginrepro[wandb]'") from error
+        self._mirror = wandb.init(
+            project=project, dir=str(self.path), name=self.path.name, id=self.path.name, resume="allow", config=dict(config)
+        )
+
+    def board(self, step: int, values: Mapping[str, float]) -> None:
+        """Scalars to TensorBoard, and to Weights & Biases where asked for."""
+        if not self.writes:
+            return
+        if self._mirror is not None:
+            self._mirror.log(dict(values), step=step)
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 

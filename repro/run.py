@@ -35,6 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="throw away what the run folder holds and start over")
     parser.add_argument("--no-profile", action="store_true", help="do not count FLOPs and measure latency after training")
     parser.add_argument("--allow-import", action="store_true", help="let the gin file import modules outside the plugins")
+    parser.add_argument("--wandb", metavar="PROJECT", help="mirror scalars to Weights & Biases (extra wandb)")
     parser.add_argument("--quiet", action="store_true", help="print the result only")
 
 
@@ -82,6 +83,8 @@ def _train(run: record.RunFolder, config: configs.Config, args: argparse.Namespa
     from core import checkpoint, distributed, trainer
 
     describe(run, config)
+    if args.wandb:
+        run.mirror_to(args.wandb, config.effective())
     built: list[Any] = []
 
     def on_built(task: Any, model: Any) -> None:

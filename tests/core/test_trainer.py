@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -331,3 +332,17 @@ def test_the_step_reads_nothing_back_from_the_device(tmp_path, monkeypatch):
 
     count(4)
     assert count(24) == count(8)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None and shutil.which("cc") is None, reason="torch.compile needs a C compiler")
+def test_a_compiled_model_trains_to_the_same_losses(tmp_path):
+    class Plain(Toy):
+        dropout = 0.0
+
+    train(tmp_path / "compiled", Plain, steps=4, compile=True)
+    train(tmp_path / "eager", Plain, steps=4)
+    losses = [
+        [json.loads(line).get("loss", 0.0) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("compiled", "eager")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)

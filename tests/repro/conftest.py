@@ -20,7 +20,17 @@ def sample(tmp_path_factory):
     from plugins.sdtps.rgbnt_sample import rgbnt_sample
 
     root = tmp_path_factory.mktemp("data") / "RGBNT201"
-    rgbnt_sample(str(root), train_identities=6, train_cameras=2, train_images=2, test_identities=4, test_images=2, sharing=1, height=64, width=32)
+    rgbnt_sample(
+        str(root),
+        train_identities=6,
+        train_cameras=2,
+        train_images=2,
+        test_identities=4,
+        test_images=2,
+        sharing=1,
+        height=64,
+        width=32,
+    )
     return root
 
 
@@ -70,7 +80,9 @@ def main_job(command, sample, tmp_path):
         chosen = {s.partition("=")[0]: s for s in (*TINY, f"ROOT={root}", *settings)}
         words = [w for s in chosen.values() for w in ("--set", s)]
         top = Path(__file__).parents[2]
-        return command("run", "--gin", gin, *words, "--out", str(tmp_path / name), "--no-profile", *extra, before=before, folder=top)
+        return command(
+            "run", "--gin", gin, *words, "--out", str(tmp_path / name), "--no-profile", *extra, before=before, folder=top
+        )
 
     return run
 

@@ -31,10 +31,29 @@ def result(folder):
 def test_the_main_job_ends_with_its_tables_and_a_complete_folder(main_job, tmp_path):
     done = main_job("a")
     assert done.status == 0, done.err
-    for text in ("mAP[camera]", "rank-10[camera]", "missing modalities", "rgb+nir  (left: tir)", "tokens of a modality", "run folder"):
+    for text in (
+        "mAP[camera]",
+        "rank-10[camera]",
+        "missing modalities",
+        "rgb+nir  (left: tir)",
+        "tokens of a modality",
+        "run folder",
+    ):
         assert text in done.out
     names = {p.name for p in (tmp_path / "a").iterdir()}
-    assert {"config.gin", "operative.gin", "run.json", "status.json", "metrics.jsonl", "timing.jsonl", "result.json", "data.json", "checkpoints", "pictures", "log.txt"} <= names
+    assert {
+        "config.gin",
+        "operative.gin",
+        "run.json",
+        "status.json",
+        "metrics.jsonl",
+        "timing.jsonl",
+        "result.json",
+        "data.json",
+        "checkpoints",
+        "pictures",
+        "log.txt",
+    } <= names
     assert any(n.startswith("events") for n in names)
     run = json.loads((tmp_path / "a" / "run.json").read_text())
     assert run["environment"]["versions"]["torch"] == torch.__version__
@@ -165,7 +184,10 @@ def test_queries_without_a_match_are_an_error_when_none_has_one(main_job, broken
 
 def test_a_checkpoint_of_another_model_is_refused(main_job, tmp_path):
     assert main_job("a", before=kill_at(5), settings=("trainer.train.save_every=2",)).status == -signal.SIGKILL
-    assert main_job("b", settings=("trainer.train.save_every=2", "sdtps.CLIPVisionTransformer.width=24"), before=kill_at(5)).status == -signal.SIGKILL
+    assert (
+        main_job("b", settings=("trainer.train.save_every=2", "sdtps.CLIPVisionTransformer.width=24"), before=kill_at(5)).status
+        == -signal.SIGKILL
+    )
     shutil.rmtree(tmp_path / "a" / "checkpoints")
     shutil.copytree(tmp_path / "b" / "checkpoints", tmp_path / "a" / "checkpoints")
     done = main_job("a", settings=("trainer.train.save_every=2",))
@@ -210,6 +232,15 @@ def test_a_full_disk_while_saving_keeps_what_was_saved(main_job, tmp_path):
     assert main_job("a", settings=settings).status == 0
     main_job("straight", settings=settings)
     assert_same(tmp_path / "straight", tmp_path / "a")
+
+
+def test_scalars_are_mirrored_to_weights_and_biases_where_asked(main_job, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    done = main_job("a", "--wandb", "sdtps", settings=("STEPS=2",))
+    assert done.status == 0, done.err
+    assert list((tmp_path / "a" / "wandb").glob("offline-run-*/run-a.wandb"))
 
 
 VARIANTS = sorted(p.stem for p in __import__("pathlib").Path(__file__).parents[2].glob("gin/sdtps/variants/*.gin"))
