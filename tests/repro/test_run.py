@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from conftest import kill_at
+from interruption import kill_at
 
 from core import checkpoint, record
 
