@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from core import data, images
+from core import data, images, samples
 from core.registry import register
 
 MANIFEST = "manifest.json"  # left at the root by what was generated or built here; published sets have none
@@ -71,8 +71,7 @@ class DomainFolders:
         if not 0 < holdout < 1:
             raise ValueError(f"holdout must be in (0, 1), got {holdout}: the share of identities that training never sees")
         self.root = self.locate(root)
-        self.manifest = read_manifest(self.root)
-        self.sample = self.manifest.get("kind") == "sample"
+        self.sample = self.generated and samples.read_manifest(self.root) is not None
         missing = [f"{d}/{c}" for d in self.domains for c in self.classes if not (self.root / d / c).is_dir()]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -96,6 +95,7 @@ class DomainFolders:
         self.records = tuple(Record(f, d, c, i, i in held) for f, d, c, i in found)
 
     single_domain: ClassVar[bool] = True  # whether an identity lives in one domain, so that the split is stratified by domain too
+    generated: ClassVar[bool] = True  # whether a manifest at the root says that the images were generated
 
     @classmethod
     def locate(cls, root: str) -> Path:
@@ -157,24 +157,6 @@ class DomainFolders:
         }
 
 
-def read_manifest(root: Path) -> Mapping[str, Any]:
-    """The manifest at a root, empty where there is none.
-
-    Raises:
-        LayoutError: if it is there and not readable.
-    """
-    path = root / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise LayoutError(f"{path} is not readable ({error}); make the data set again") from error
-    if not isinstance(found, dict):
-        raise LayoutError(f"{path} holds no object; make the data set again")
-    return found
-
-
 @register("dataset", paper="PACS (Li et al., ICCV 2017)")
 class PACS(DomainFolders):
     """Photo, art painting, cartoon and sketch of seven classes: `root/<domain>/<class>/*.{jpg,png}`.
@@ -219,6 +201,7 @@ class Emoji7(DomainFolders):
 
     title = "emoji7"
     single_domain = False
+    generated = False
     domains = ("apple", "google", "twitter", "facebook")
     classes = ("animal", "vehicle", "clothing", "food", "face", "person", "weather")
     how_to_get = "Build it from the npm packages: repro data make emoji7 --root DIR"
@@ -231,9 +214,10 @@ class Emoji7(DomainFolders):
         return f"{name_of_class}/{Path(file).stem}"
 
     def held_out(self, identities: set[tuple[int, int, str]], share: float) -> set[str]:
-        stated = self.manifest.get("identities")
-        if not isinstance(stated, dict):
-            raise LayoutError(f"emoji7 at {self.root}: no {MANIFEST} with identities and their split. {self.how_to_get}")
+        try:
+            stated = json.loads((self.root / MANIFEST).read_text(encoding="utf-8"))["identities"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise LayoutError(f"emoji7 at {self.root}: no {MANIFEST} with identities and their split. {self.how_to_get}") from error
         split = {f"{cls}/{name}": part for cls, parts in stated.items() for part, names in parts.items() for name in names}
         strange = sorted({identity for _, _, identity in identities} ^ split.keys())
         if strange:

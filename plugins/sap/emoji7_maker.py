@@ -13,12 +13,8 @@ The domain gap is milder than from photo to sketch; accuracies on emoji7 are not
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
-import shutil
-import subprocess
-import tarfile
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,17 +22,17 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from core import npm
 from core.registry import register
-from plugins.sap.datasets import MANIFEST, Emoji7, LayoutError, read_manifest
+from plugins.sap.datasets import MANIFEST, Emoji7, LayoutError
 
 VERSION = "16.0.0"
 SIZE = 64
-DOWNLOAD_LIMIT_S = 900.0
-SHA256 = {  # first 16 digits, of the archives as published
-    "apple": "b34d1665e136f163",
-    "google": "fb5fd131b362aab7",
-    "twitter": "f64a530c63bca463",
-    "facebook": "017038cf5a4e7fcf",
+SHA256 = {  # of the archives as published
+    "apple": "b34d1665e136f163b0d4433318df151895b785186e8c729b2211b43017945075",
+    "google": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    "twitter": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+    "facebook": "017038cf5a4e7fcf03dd9133cbed43d4c281c4b3ce7b927c7160261b92b8821e",
 }
 RIGHTS = {
     "apple": "(c) Apple, no commercial use",
@@ -74,63 +70,6 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # subcategories
 }  # fmt: skip
 
 
-def npm_pack(package: str, folder: Path, limit_s: float = DOWNLOAD_LIMIT_S) -> Path:
-    """Download a package's archive with npm.
-
-    Args:
-        package: `name@version`.
-        folder: where the archive goes.
-        limit_s: how long it may take.
-
-    Raises:
-        RuntimeError: if npm is not installed, cannot reach its registry, or takes too long.
-    """
-    npm = shutil.which("npm")
-    if npm is None:
-        raise RuntimeError(
-            "emoji7 is built from npm packages and npm is not installed: install Node.js, or use repro data make pacs-sample"
-        )
-    try:
-        done = subprocess.run(
-            [npm, "pack", package, "--pack-destination", str(folder), "--ignore-scripts", "--silent"],
-            cwd=folder, capture_output=True, text=True, timeout=limit_s, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"npm pack {package} took longer than {limit_s:g} s; try again") from error
-    archives = sorted(folder.glob("*.tgz"))
-    if done.returncode or not archives:
-        said = [line for line in done.stderr.splitlines() if "npm error" in line] or done.stderr.splitlines() or ["no message"]
-        raise RuntimeError(f"npm pack {package} failed: {said[0].strip()}. The registry must be reachable to build emoji7")
-    return archives[-1]
-
-
-def read_archive(archive: Path, vendor: str) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """The emoji table and the 64-pixel images by file name, streamed out of an archive (the rest of it is skipped).
-
-    Raises:
-        LayoutError: if the archive is damaged or holds no table or images.
-    """
-    table: list[dict[str, Any]] = []
-    pictures: dict[str, bytes] = {}
-    place = f"package/img/{vendor}/{SIZE}/"
-    try:
-        with tarfile.open(archive, "r|gz") as stream:
-            for member in stream:
-                wanted = member.name == "package/emoji.json" or (member.name.startswith(place) and member.name.endswith(".png"))
-                file = stream.extractfile(member) if wanted and member.isfile() else None
-                if file is None:
-                    continue
-                if member.name == "package/emoji.json":
-                    table = json.load(file)
-                else:
-                    pictures[member.name.removeprefix(place)] = file.read()
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        raise LayoutError(f"{archive.name} is damaged ({error}); download it again") from error
-    if not table or not pictures:
-        raise LayoutError(f"{archive.name} holds no emoji.json or no {place}*.png; it is not emoji-datasource-{vendor}")
-    return table, pictures
-
-
 def choose(
     table: list[dict[str, Any]], classes: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
 ) -> dict[str, dict[str, str]]:
@@ -164,90 +103,106 @@ def split(names: Mapping[str, Any], cls: str, test: float) -> dict[str, list[str
     return {"train": sorted(order[count:]), "test": sorted(order[:count])}
 
 
-def _composite(png: bytes, colour: tuple[int, int, int]) -> Image.Image:
-    image = Image.open(io.BytesIO(png)).convert("RGBA")
+def _composite(picture: Path, colour: tuple[int, int, int]) -> Image.Image:
+    image = Image.open(picture).convert("RGBA")
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     ground = Image.new("RGBA", image.size, (*colour, 255))
     return Image.alpha_composite(ground, image).convert("RGB")
 
 
-def build(
-    made: Path,
-    archives: Mapping[str, Path],
-    asked: dict[str, Any],
-    classes: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = CLASSES,
-) -> None:
-    """Write the set into the folder `made`, vendor by vendor, from archives on disk."""
-    chosen: dict[str, dict[str, str]] = {}
-    for vendor in Emoji7.domains:
-        table, pictures = read_archive(archives[vendor], vendor)
-        chosen = chosen or choose(table, classes)
+def write_vendor(
+    made: Path, vendor: str, package: npm.Package, background: str, chosen: dict[str, dict[str, str]] | None
+) -> dict[str, dict[str, str]]:
+    """Write one vendor's images into the folder `made`.
+
+    Args:
+        made: root of the set.
+        vendor: one of the domains.
+        package: its package.
+        background: name of the colour under transparent pixels.
+        chosen: what `choose` gave for the first vendor, None for that one itself. The tables of all vendors are the same bytes.
+
+    Raises:
+        npm.NpmError: if the archive is damaged or holds no images.
+        LayoutError: if an image is missing that the table promises.
+    """
+    place = f"img/{vendor}/{SIZE}/"
+    with tempfile.TemporaryDirectory(dir=made.parent) as held:
+        folder = Path(held)
+        package.extract(lambda path: path == "emoji.json" or (path.startswith(place) and path.endswith(".png")), folder)
+        chosen = chosen or choose(json.loads((folder / "emoji.json").read_text(encoding="utf-8")), CLASSES)
         for cls, names in chosen.items():
-            folder = made / vendor / cls
-            folder.mkdir(parents=True)
+            cell = made / vendor / cls
+            cell.mkdir(parents=True)
             for name, file in names.items():
-                if file not in pictures:
+                picture = folder / place / file
+                if not picture.is_file():
                     raise LayoutError(f"{vendor} has no image {file} of {name}, though the table says so")
-                _composite(pictures[file], BACKGROUNDS[asked["background"]]).save(folder / f"{name}.png")
-    identities = {cls: split(names, cls, asked["test_share"]) for cls, names in chosen.items()}
-    subcategories = {cls: {"subcategories": list(a), "left out": list(b)} for cls, (a, b) in classes.items()}
-    manifest = {**asked, "classes": subcategories, "identities": identities}
-    (made / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+                _composite(picture, BACKGROUNDS[background]).save(cell / f"{name}.png")
+    return chosen
 
 
 @register("dataset_maker", paper="emoji-datasource 16.0.0 (npm), four vendors")
-def emoji7(
-    root: str, background: Literal["white", "grey", "imagenet_mean"] = "white", test_share: float = 0.5, keep_archives: str = ""
-) -> None:
+def emoji7(root: str, background: Literal["white", "grey", "imagenet_mean"] = "white", test_share: float = 0.5) -> None:
     """Download four npm packages (338 MB, temporarily) and build the seven-class, four-vendor set: real images, 64 pixels.
 
     A folder that already holds the asked set is left as it is.
 
     Args:
-        root: the folder to fill; it must be absent, empty, or hold an earlier emoji7.
+        root: the folder to fill, absent or empty.
         background: what transparent pixels become. `imagenet_mean` is 0 after normalisation, so that zero-padded filters see no
             frame around the image.
         test_share: share of the emoji of each class that training never sees, in any vendor.
-        keep_archives: a folder in which downloaded archives are kept and found again; empty keeps none.
 
     Raises:
-        RuntimeError: if npm is missing or cannot download.
-        LayoutError: if the folder holds something else, or an archive is not the published one.
+        npm.NpmError: if npm is missing or cannot download, or an archive is not the published one.
+        LayoutError: if the folder holds something else.
     """
     if background not in BACKGROUNDS:
         raise ValueError(f"background must be one of {', '.join(BACKGROUNDS)}, got {background!r}")
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must be in (0, 1), got {test_share}")
-    place = Path(root)
-    asked: dict[str, Any] = {
-        "kind": "built", "maker": "emoji7", "statement": STATEMENT, "background": background, "size": SIZE, "test_share": test_share,
-    }  # fmt: skip
-    if place.exists():
-        there = read_manifest(place) if place.is_dir() else {}
-        if {key: there.get(key) for key in asked} == asked:
-            return
-        if there.get("maker") != "emoji7" and (not place.is_dir() or any(place.iterdir())):
-            raise LayoutError(f"{place} exists and is no emoji7; give an empty or new folder")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as held:
-        store = Path(keep_archives) if keep_archives else Path(held) / "archives"
-        archives, packages = {}, {}
-        for vendor in Emoji7.domains:
-            package = f"emoji-datasource-{vendor}@{VERSION}"
-            folder = store / vendor
-            folder.mkdir(parents=True, exist_ok=True)
-            found = sorted(folder.glob("*.tgz"))
-            archive = archives[vendor] = found[-1] if found else npm_pack(package, folder)
-            with archive.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if not digest.startswith(SHA256[vendor]):
-                raise LayoutError(
-                    f"{archive.name} has sha256 {digest[:16]}…, published is {SHA256[vendor]}…; remove it and download again"
-                )
-            packages[vendor] = {"package": package, "bytes": archive.stat().st_size, "sha256": digest, "rights": RIGHTS[vendor]}
+    target = Path(root).expanduser().resolve()
+    asked: dict[str, Any] = {"built_by": "sap.emoji7", "background": background, "size": SIZE, "test_share": test_share}
+    if _holds(target, asked):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as held:
         made = Path(held) / "set"
-        build(made, archives, {**asked, "packages": packages})
-        if place.exists():
-            shutil.rmtree(place)
-        made.rename(place)
+        made.mkdir()
+        chosen: dict[str, dict[str, str]] | None = None
+        facts = {}
+        for vendor in Emoji7.domains:  # one at a time: an archive has 60 to 100 MB
+            name = f"emoji-datasource-{vendor}"
+            with npm.packages({name: VERSION}, {name: SHA256[vendor]}) as fetched:
+                chosen = write_vendor(made, vendor, fetched[name], background, chosen)
+                facts[vendor] = {**fetched[name].facts(), "rights": RIGHTS[vendor]}
+        assert chosen is not None
+        manifest = {
+            **asked,
+            "statement": STATEMENT,
+            "packages": facts,
+            "classes": {cls: {"subcategories": list(a), "left out": list(b)} for cls, (a, b) in CLASSES.items()},
+            "identities": {cls: split(names, cls, test_share) for cls, names in chosen.items()},
+        }
+        (made / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        if target.exists():
+            target.rmdir()  # it is empty
+        made.rename(target)
+
+
+def _holds(target: Path, asked: dict[str, Any]) -> bool:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return False
+    try:
+        there = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        there = {}
+    if not isinstance(there, dict) or there.get("built_by") != asked["built_by"]:
+        raise LayoutError(f"{target} exists and is no emoji7; give an empty or new folder")
+    found = {key: there.get(key) for key in asked}
+    if found != asked:
+        raise LayoutError(f"{target} holds another emoji7 ({found}); remove it or choose another root")
+    Emoji7(str(target))  # raises where files and manifest differ
+    return True

@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
-import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +26,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
+from core import samples
 from core.data import generator
 from core.registry import register
-from plugins.sap.datasets import MANIFEST, PACS, LayoutError, read_manifest
+from plugins.sap.datasets import PACS
 
 VERSION = 1  # of what is drawn: another number means other images from the same seed
 STATEMENT = (
@@ -506,50 +504,30 @@ def draw(seed: int, domain: int, cls: int, number: int, size: int) -> Image.Imag
 def pacs_sample(root: str, seed: int = 0, per_cell: int = 30, size: int = 64) -> None:
     """Generate a sample in PACS's layout: 4 styles, 7 classes, `per_cell` images of each.
 
-    A folder that already holds the asked sample is left as it is.
-
     Args:
-        root: the folder to fill; it must be absent, empty, or hold an earlier sample.
+        root: the folder to fill, absent or empty; one that holds the asked sample already is left as it is.
         seed: names the sample.
         per_cell: images of each domain and class.
         size: side of the images in pixels (PACS: 227).
 
     Raises:
-        LayoutError: if the folder holds something else.
-        ValueError: for a size or count that makes no data set.
+        ValueError: if the folder holds something else, or for a size or count that makes no data set.
     """
     if per_cell < 2 or size < 16:
         raise ValueError(f"per_cell must be at least 2 and size at least 16, got {per_cell} and {size}")
-    place = Path(root)
-    asked: dict[str, Any] = {
-        "kind": "sample",
-        "maker": "pacs_sample",
-        "version": VERSION,
-        "seed": seed,
-        "per_cell": per_cell,
-        "size": size,
-        "statement": STATEMENT,
-    }
-    if place.exists():
-        there = read_manifest(place) if place.is_dir() else {}
-        if dict(there) == asked:
-            return
-        if there.get("maker") != "pacs_sample" and (not place.is_dir() or any(place.iterdir())):
-            raise LayoutError(f"{place} exists and is no sample of this maker; give an empty or new folder")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as held:
-        made = Path(held) / "sample"
+
+    def write(folder: Path) -> dict[str, Any]:
         for d, domain in enumerate(PACS.domains):
             for c, cls in enumerate(PACS.classes):
-                folder = made / domain / cls
-                folder.mkdir(parents=True)
+                cell = folder / domain / cls
+                cell.mkdir(parents=True)
                 for number in range(per_cell):
                     image = draw(seed, d, c, number, size)
                     if domain == "sketch":
-                        image.save(folder / f"{number + 1}.png")
+                        image.save(cell / f"{number + 1}.png")
                     else:
-                        image.save(folder / f"pic_{number + 1:03d}.jpg", quality=92)
-        (made / MANIFEST).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
-        if place.exists():
-            shutil.rmtree(place)
-        made.rename(place)
+                        image.save(cell / f"pic_{number + 1:03d}.jpg", quality=92)
+        return {"images": len(PACS.domains) * len(PACS.classes) * per_cell}
+
+    options = {"per_cell": per_cell, "size": size}
+    samples.make(root, generator="sap.pacs_sample", version=VERSION, seed=seed, options=options, statement=STATEMENT, write=write)
