@@ -1,7 +1,7 @@
 """Build a sample data set, or check a real one against its published counts.
 
 repro data list
-repro data make rgbnt-sample --root DIR [--set identities=24]
+repro data make rgbnt-sample --root DIR [--set train_identities=32]
 repro data check rgbnt201 --root DIR
 """
 

@@ -117,7 +117,8 @@ class ReID(Task):
             twin = self.sides.get("query")
             same = twin is not None and twin.split.records == split.records
             self.sides[name] = twin if same and twin else TriSpectralImages(self.data, split, self.eval_transform, cache=self.cache)
-        name = f"{type(self.data).__name__} layout, generated sample" if sample else type(self.data).__name__
+        sample = sample or bool(self.data.sample)
+        name = f"generated sample in the layout of {type(self.data).__name__}" if sample else type(self.data).__name__
         return DataCard(name, str(root), self.data.fingerprint(), sample, self.data.counts())
 
     def batches(self, start: int, seed: int) -> Iterator[Any]:
