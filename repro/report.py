@@ -229,7 +229,8 @@ def own_tables(runs: Sequence[Run]) -> Section:
 def costs(runs: Sequence[Run]) -> Section:
     """FLOPs, parameters, latency and what token reduction buys, from profile.json."""
     section = Section("cost", "Cost")
-    rows, seen = [], set()
+    rows: list[list[str]] = []
+    seen: set[Any] = set()
     for run in runs:
         model = run.profile.get("model") if len(seen) < 200 else None
         if not model:

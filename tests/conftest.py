@@ -14,9 +14,9 @@ from jaxtyping import install_import_hook
 _SHAPED = ("plugins", "core.layers", "core.metrics", "core.text")
 _hook = install_import_hook(list(_SHAPED), "shape_check.checked")
 
-import hypothesis
-import pytest
-import torch
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repro", deadline=None, max_examples=20, derandomize=True)

@@ -70,7 +70,11 @@ def _cpu_seconds(work: Callable[[], object], repeats: int = 5) -> float:
 # --- attention and score ------------------------------------------------------------------------------------------------
 
 
-@claim("SDTPS-1", "attention scores are L2-normalised dot products without learnable parameters, computed without gradient", source="note 2, stage 1")
+@claim(
+    "SDTPS-1",
+    "attention scores are L2-normalised dot products without learnable parameters, computed without gradient",
+    source="note 2, stage 1",
+)
 def attention_scores() -> Verdict:
     patches, guides = _inputs(2, 16, 32)
     maps = attention_maps(patches["rgb"], torch.stack([guides[m] for m in MODALITIES], 1))
@@ -82,11 +86,20 @@ def attention_scores() -> Verdict:
                 worst = max(worst, abs(float(maps[b, g, n].detach() - v @ w / (v.norm() * w.norm()))))
     module = _module(dim=32, num_patches=16)
     _probe(module, (patches, guides))[0].backward()
-    reached = [m for m in MODALITIES if guides[m].grad is not None and float(guides[m].grad.abs().max()) > 0]
-    return holds(worst < 1e-6 and not reached, measured=f"largest difference to <v,w>/(|v||w|) {worst:.1e}; guides reached by a gradient: {len(reached)} of 3")
+    gradients = [guides[m].grad for m in MODALITIES]
+    reached = [g for g in gradients if g is not None and float(g.abs().max()) > 0]
+    return holds(
+        worst < 1e-6 and not reached,
+        measured=f"largest difference to <v,w>/(|v||w|) {worst:.1e}; guides reached by a gradient: {len(reached)} of 3",
+    )
 
 
-@claim("SDTPS-2", "computing them without gradient saves memory and time and leaves feature learning alone", source="note 2, stage 1", expect="depends")
+@claim(
+    "SDTPS-2",
+    "computing them without gradient saves memory and time and leaves feature learning alone",
+    source="note 2, stage 1",
+    expect="depends",
+)
 def without_gradient() -> Verdict:
     seconds, guide_norm, token_norm = {}, {}, {}
     for no_grad in (True, False):
@@ -124,7 +137,10 @@ def combined_score() -> Verdict:
             s.append((cosine - cosine.min()) / (cosine.max() - cosine.min() + 1e-8))
         predicted = selector.score_predictor(patches["nir"][b]).squeeze(-1)  # type: ignore[operator, union-attr]
         worst = max(worst, float((chosen.scores[b] - (0.6 * predicted + 0.2 * (s[1] + s[2] + 2 * s[0]))).abs().max()))
-    return holds(worst < 1e-6, measured=f"largest difference to the formula in loops {worst:.1e} (β 0.2); the weights sum to 1 + 2β, so scores reach 1.5 at β 0.25")
+    return holds(
+        worst < 1e-6,
+        measured=f"largest difference to the formula in loops {worst:.1e} (β 0.2); the weights sum to 1 + 2β, so scores reach 1.5 at β 0.25",
+    )
 
 
 # --- Gumbel, masks and plans --------------------------------------------------------------------------------------------
@@ -138,20 +154,33 @@ def _gumbel_effect(aggregate: dict[str, Any], sparse: dict[str, Any] | None = No
         loss, tokens = _probe(module, _inputs(), _uniforms() if on else None)
         loss.backward()
         outputs.append(torch.cat([tokens[m].flatten() for m in MODALITIES]))
-        gradients.append(torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in module.parameters()]))
+        gradients.append(
+            torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in module.parameters()])
+        )
         norms.append(_gradient(module, "score_predictor"))
     change = float((outputs[1] - outputs[0]).abs().max())
     moved = float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
     return change, moved, norms[0], norms[1]
 
 
-@claim("SDTPS-4", "with hard indices and the mask unused, the Gumbel switch changes nothing (outputs and gradients)", source="note 1, issue 2")
+@claim(
+    "SDTPS-4",
+    "with hard indices and the mask unused, the Gumbel switch changes nothing (outputs and gradients)",
+    source="note 1, issue 2",
+)
 def gumbel_inert() -> Verdict:
     change, moved, _, _ = _gumbel_effect({"mask_mode": "none"})
-    return holds(change == 0 and moved < 1e-6, measured=f"largest output change {change:g}, relative gradient change {moved:.1e} (rounding)")
+    return holds(
+        change == 0 and moved < 1e-6, measured=f"largest output change {change:g}, relative gradient change {moved:.1e} (rounding)"
+    )
 
 
-@claim("SDTPS-5", "plan A: soft weights give full gradient; used in training, hard top-k in evaluation", source="note 1, plan A", expect="depends")
+@claim(
+    "SDTPS-5",
+    "plan A: soft weights give full gradient; used in training, hard top-k in evaluation",
+    source="note 1, plan A",
+    expect="depends",
+)
 def plan_a() -> Verdict:
     module = _module({"selection": "relaxed", "gumbel_tau": 0.1}, {"mask_mode": "none"}).train()
     hard = _module().train()
@@ -175,10 +204,17 @@ def plan_b() -> Verdict:
     plain = _probe(_module(aggregate={"mask_mode": "none"}).train(), _inputs())[1]
     difference = max(float((tokens[m] - plain[m]).abs().max()) for m in MODALITIES)
     norm = _gradient(module, "score_predictor")
-    return holds(difference == 0 and norm != before and norm < 1, measured=f"forward differs from hard by {difference:g}; score MLP gradient norm {norm:.2e} (hard {before:.2e})")
+    return holds(
+        difference == 0 and norm != before and norm < 1,
+        measured=f"forward differs from hard by {difference:g}; score MLP gradient norm {norm:.2e} (hard {before:.2e})",
+    )
 
 
-@claim("SDTPS-7", "the right reading: Gumbel makes the decision matrix D, which masks aggregation; D is not multiplied element-wise into W", source="note 2, stage 3")
+@claim(
+    "SDTPS-7",
+    "the right reading: Gumbel makes the decision matrix D, which masks aggregation; D is not multiplied element-wise into W",
+    source="note 2, stage 3",
+)
 def decision_matrix() -> Verdict:
     change, moved, before, after = _gumbel_effect({"mask_mode": "log"})
     return holds(
@@ -188,7 +224,11 @@ def decision_matrix() -> Verdict:
     )
 
 
-@claim("SDTPS-8", "masking subtracts (1-D)·1e10 before the softmax over tokens; the weights of each output token sum to 1", source="note 2, stage 4")
+@claim(
+    "SDTPS-8",
+    "masking subtracts (1-D)·1e10 before the softmax over tokens; the weights of each output token sum to 1",
+    source="note 2, stage 4",
+)
 def additive_penalty() -> Verdict:
     torch.manual_seed(0)
     net = TokenAggregation(512, 128)
@@ -209,11 +249,17 @@ def open_source_gumbel() -> Verdict:
     variant = {"score": "sum", "score_norm": "none"}
     change, moved, _, _ = _gumbel_effect({"mask_mode": "none"}, variant)
     return holds(
-        change == 0 and moved < 1e-6, measured=f"largest output change {change:g}, relative gradient change {moved:.1e} (raw cosines summed, no predictor)"
+        change == 0 and moved < 1e-6,
+        measured=f"largest output change {change:g}, relative gradient change {moved:.1e} (raw cosines summed, no predictor)",
     )
 
 
-@claim("SDTPS-gumbel", "Gumbel noise as such is unstable in training (loss 28 to 60, a larger τ does not help)", source="the fork's documents", expect="depends")
+@claim(
+    "SDTPS-gumbel",
+    "Gumbel noise as such is unstable in training (loss 28 to 60, a larger τ does not help)",
+    source="the fork's documents",
+    expect="depends",
+)
 def gumbel_unstable() -> Verdict:
     figures = []
     for label, sparse, aggregate in (
@@ -246,14 +292,21 @@ def aggregation_net() -> Verdict:
     }  # fmt: skip
     kinds = [type(part).__name__ for part in net.weight]  # type: ignore[union-attr, arg-type]
     good = shapes == wanted and kinds == ["LayerNorm", "Linear", "GELU", "Linear"] and float(net.scale) == 1.0  # type: ignore[arg-type]
-    return holds(good, measured=f"{' -> '.join(kinds)}, 512 -> 102 -> 25, scale {float(net.scale):g}, {sum(p.numel() for p in net.parameters()):,} parameters")  # type: ignore[arg-type]
+    return holds(
+        good,
+        measured=f"{' -> '.join(kinds)}, 512 -> 102 -> 25, scale {float(net.scale):g}, {sum(p.numel() for p in net.parameters()):,} parameters",
+    )  # type: ignore[arg-type]
 
 
 def _counts(n: int) -> tuple[int, int]:
     return token_count(n, 0.5, rounding="ceil"), token_count(n, 0.4, 0.5, rounding="floor")
 
 
-@claim("SDTPS-11", "128 -> 64 -> 25 (+1 = 26) at ratios 0.5 and 0.4; 196 -> 98 -> 39 (+1 = 40, +CLS = 41)", source="note 2, table of counts")
+@claim(
+    "SDTPS-11",
+    "128 -> 64 -> 25 (+1 = 26) at ratios 0.5 and 0.4; 196 -> 98 -> 39 (+1 = 40, +CLS = 41)",
+    source="note 2, table of counts",
+)
 def counts() -> Verdict:
     small, large = _counts(128), _counts(196)
     produced = [_module(num_patches=n, dim=16)(*_inputs(1, n, 16)).tokens["rgb"].shape[1] for n in (128, 196)]
@@ -275,7 +328,9 @@ def ratios() -> Verdict:
     )
 
 
-@claim("SDTPS-13", "outputs: (B,64,512), (B,25,512), (B,26,512), mean pool (B,512), concatenation (B,1536)", source="note 2, data flow")
+@claim(
+    "SDTPS-13", "outputs: (B,64,512), (B,25,512), (B,26,512), mean pool (B,512), concatenation (B,1536)", source="note 2, data flow"
+)
 def shapes() -> Verdict:
     module, inputs = _module().eval(), _inputs(2)
     chosen = module.choose(*inputs)
@@ -287,7 +342,9 @@ def shapes() -> Verdict:
     return holds(found == [(2, 64, 512), (2, 25, 512), (2, 26, 512), (2, 512), (2, 1536)], measured=", ".join(map(str, found)))
 
 
-@claim("SDTPS-14", "each modality is compressed by 80 % and compute falls greatly", source="note 2, summary", expect="does not hold")
+@claim(
+    "SDTPS-14", "each modality is compressed by 80 % and compute falls greatly", source="note 2, summary", expect="does not hold"
+)
 def compute() -> Verdict:
     from core.profile import profile
     from plugins.sdtps.reid_model import TriModalReID
@@ -295,7 +352,8 @@ def compute() -> Verdict:
     with torch.device("meta"):
         images = {m: torch.zeros(1, 3, 256, 128) for m in MODALITIES}
         before, after = (
-            profile(TriModalReID(171, 0, tokens=tokens).eval(), (images,), timed=False, strict=False) for tokens in (None, MultiModalSDTPS)
+            profile(TriModalReID(171, 0, tokens=tokens).eval(), (images,), timed=False, strict=False)
+            for tokens in (None, MultiModalSDTPS)
         )
     module = after.module("tokens").macs
     return holds(
@@ -312,18 +370,28 @@ def defaults() -> Verdict:
 
     sparse, aggregate = (inspect.signature(c).parameters for c in (TokenSparse, TokenAggregation))
     found = (sparse["sparse_ratio"].default, aggregate["aggr_ratio"].default, sparse["beta"].default, sparse["use_gumbel"].default)
-    return holds(found == (0.5, 0.4, 0.25, False), measured=str(found), why="the release's shipped yml switches Gumbel on all the same")
+    return holds(
+        found == (0.5, 0.4, 0.25, False), measured=str(found), why="the release's shipped yml switches Gumbel on all the same"
+    )
 
 
-@claim("SDTPS-16", "the released paper code has aggregation and multi-source attention but no MLP predictor, combined score or Gumbel", source="note 2, comparison", expect="cannot be tested here")
+@claim(
+    "SDTPS-16",
+    "the released paper code has aggregation and multi-source attention but no MLP predictor, combined score or Gumbel",
+    source="note 2, comparison",
+    expect="cannot be tested here",
+)
 def released_code() -> Verdict:
-    return untestable(why="it is a statement about another repository's files, which are not part of this one; the variant is built as gin/sdtps/variants/open_source.gin")
+    return untestable(
+        why="it is a statement about another repository's files, which are not part of this one; the variant is built as gin/sdtps/variants/open_source.gin"
+    )
 
 
 @claim("SDTPS-parameters", "365,157 parameters: 65,793 a selector and 55,926 an aggregation", source="release, 65c69af")
 def parameters() -> Verdict:
     module = _module()
-    parts = [sum(p.numel() for p in group["rgb"].parameters()) for group in (module.sparse, module.aggregate)]  # type: ignore[index]
+    assert module.aggregate is not None
+    parts = [sum(p.numel() for p in group["rgb"].parameters()) for group in (module.sparse, module.aggregate)]
     total = sum(p.numel() for p in module.parameters())
     return holds([*parts, total] == [65_793, 55_926, 365_157], measured=f"{parts[0]:,} + {parts[1]:,} a modality, {total:,} in all")
 

@@ -187,7 +187,9 @@ class ReID(Task):
         same = self.sides["gallery"] is self.sides["query"]
         gallery = query if same else self._features(model, self.sides["gallery"], missing)
         sides = self._labels(self.data.query), self._labels(self.data.gallery)
-        which: list[Literal["ori", "branch", "both"]] = ["ori", "branch", "both"] if any(not k.startswith("ori") for k in query) else ["ori"]
+        which: list[Literal["ori", "branch", "both"]] = (
+            ["ori", "branch", "both"] if any(not k.startswith("ori") for k in query) else ["ori"]
+        )
         if self.feature not in which:
             raise ValueError(f"ReID.feature is {self.feature!r}, but the model has no token branch; set it to 'ori'")
         return {w: reid.evaluate_features(pattern(query, w), pattern(gallery, w), *sides, junk=self.junk) for w in which}
@@ -218,7 +220,11 @@ class ReID(Task):
             return [label, *(metrics.get(prefix + n) for n in names)]
 
         kinds = {"ori": "global features", "branch": "token branch", "both": "both, concatenated"}
-        rows = [row(text + ("  (reported)" if k == self.feature else ""), f"{k}/") for k, text in kinds.items() if f"{k}/{names[0]}" in metrics]
+        rows = [
+            row(text + ("  (reported)" if k == self.feature else ""), f"{k}/")
+            for k, text in kinds.items()
+            if f"{k}/{names[0]}" in metrics
+        ]
         note = f"Junk: gallery images of the query's identity and {self.junk} do not count." if self.junk != "none" else ""
         tables = [Table("re-identification, all three modalities", columns, rows, note)]
         if f"missing rgb/{names[0]}" in metrics:
@@ -248,7 +254,7 @@ class ReID(Task):
         if not output.masks:
             return
         masks = {m: v.float().cpu().numpy() for m, v in output.masks.items()}
-        grid = model.backbone.grid
+        grid: tuple[int, int] = model.backbone.grid  # type: ignore[assignment, union-attr]
         tile_h, tile_w, gap, head = 192, 96, 6, 22
         sheet = Image.new("RGB", (len(chosen) * (2 * tile_w + 2 * gap) + gap, head + 3 * (tile_h + gap)), "white")
         draw = ImageDraw.Draw(sheet)
@@ -260,7 +266,9 @@ class ReID(Task):
                 top = head + row * (tile_h + gap)
                 picture = Image.fromarray(view).resize((tile_w, tile_h), Image.Resampling.BILINEAR)
                 mask = masks[m][column].reshape(grid)
-                shade = Image.fromarray((60 + 195 * np.clip(mask, 0, 1)).astype(np.uint8)).resize((tile_w, tile_h), Image.Resampling.NEAREST)
+                shade = Image.fromarray((60 + 195 * np.clip(mask, 0, 1)).astype(np.uint8)).resize(
+                    (tile_w, tile_h), Image.Resampling.NEAREST
+                )
                 sheet.paste(picture, (left, top))
                 sheet.paste(Image.composite(picture, Image.new("RGB", picture.size), shade), (left + tile_w, top))
         sheet.save(folder / "tokens.png")
