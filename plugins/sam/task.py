@@ -361,9 +361,6 @@ class Segmentation(Task):
             return image, depth
         return image, depth, torch.rand(batch, self.guidance.count or self.profile_classes, self.guidance.dim)
 
-    def profile_scopes(self) -> Mapping[str, tuple[str | None, str | None]]:
-        return {"backbone": ("backbone", "backbone"), "head": ("head", "head")}
-
     def expected(self) -> Mapping[str, float]:
         return self.published
 
