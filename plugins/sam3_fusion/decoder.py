@@ -157,6 +157,17 @@ class DecoderBlock(nn.Module):
         return self.ffn_norm(y + self.drop(self.ffn(y)))
 
 
+def _grid(count: int) -> Float[Tensor, "{count} 4"]:
+    """Logits of boxes of a quarter of the side, their centres on rows that cover the image evenly."""
+    rows = max(1, round(math.sqrt(count)))
+    index = torch.arange(count)
+    row, column = index * rows // count, torch.zeros(count)
+    for r in range(rows):
+        inside = row == r
+        column[inside] = (torch.arange(int(inside.sum())) + 0.5) / inside.sum()
+    return torch.logit(torch.stack((column, (row + 0.5) / rows, *torch.full((2, count), 0.25)), dim=1))
+
+
 class Decoded(NamedTuple):
     """What the decoder gives, for every layer.
 
@@ -192,6 +203,8 @@ class QueryDecoder(nn.Module):
         presence_clamp: "none" as the release runs (it computes a clamp and drops it); "hard" clamps logits to ±10, as
             the Hugging Face port does.
         prompt_attention: let rows and presence token attend to the prompt.
+        anchor_start: where learned anchors start: "normal" as built (logits from N(0, 1)), or "grid" (centres spread evenly
+            over the image, each a quarter of its side), from which small detectors learn much faster.
         one_to_many: in training repeat the queries as one-to-many rows, which skip the self-attention.
         recompute: save memory in training by computing blocks again in the backward pass.
 
@@ -212,6 +225,7 @@ class QueryDecoder(nn.Module):
         presence: bool = True,
         presence_clamp: Literal["none", "hard"] = "none",
         prompt_attention: bool = True,
+        anchor_start: Literal["normal", "grid"] = "normal",
         one_to_many: bool = True,
         recompute: bool = False,
     ):
@@ -222,6 +236,8 @@ class QueryDecoder(nn.Module):
             raise ValueError(f"layers and queries must be at least 1, got layers={layers}, queries={queries}")
         if box_bias not in ("none", "linear", "log", "both"):
             raise ValueError(f"box_bias must be 'none', 'linear', 'log' or 'both', got {box_bias!r}")
+        if anchor_start not in ("normal", "grid"):
+            raise ValueError(f"anchor_start must be 'normal' or 'grid', got {anchor_start!r}")
         if presence_clamp not in ("none", "hard"):
             raise ValueError(f"presence_clamp must be 'none' or 'hard', got {presence_clamp!r}")
         if presence_clamp == "hard" and not presence:
@@ -230,7 +246,7 @@ class QueryDecoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(dim, heads, hidden, dropout, activation, prompt_attention) for _ in range(layers))
         self.out_norm = nn.LayerNorm(dim)
         self.queries = nn.Parameter(torch.randn(queries, dim))
-        self.anchors = nn.Parameter(torch.randn(queries, 4))
+        self.anchors = nn.Parameter(torch.randn(queries, 4) if anchor_start == "normal" else _grid(queries))
         self.box_head = Mlp(dim, dim, dim, 4)
         self.box_head.start_at_zero()
         self.box_pos = Mlp(2 * dim, dim, dim)
