@@ -133,11 +133,11 @@ class Task:
         """
         return self.model()
 
-    def unpruned(self) -> nn.Module | None:
+    def unpruned(self, model: nn.Module) -> nn.Module | None:
         """The same model without what drops or merges tokens, to compare with; None where nothing is dropped."""
         return None
 
-    def profile_scopes(self) -> Mapping[str, tuple[str | None, str | None]]:
+    def profile_scopes(self, model: nn.Module) -> Mapping[str, tuple[str | None, str | None]]:
         """Parts to compare beside the whole: label -> (module name in `unpruned()`, module name in the model), None where absent."""
         return {}
 

@@ -100,11 +100,11 @@ def of_task(task: Any, model: Any, *, batch: int = 1, repeats: int = 5, timed: b
         with torch.no_grad():
             after = profile.profile(model, inputs, repeats=repeats, timed=timed)
             found: dict[str, Any] = {"model": after.to_dict()}
-            bare = task.unpruned()
+            bare = task.unpruned(model)
             if bare is not None:
                 before = profile.profile(bare.to(device).eval(), inputs, repeats=repeats, timed=timed)
                 found["unpruned"] = before.to_dict()
-                found["compression"] = profile.compression(before, after, scopes=task.profile_scopes()).to_dict()
+                found["compression"] = profile.compression(before, after, scopes=task.profile_scopes(model)).to_dict()
     finally:
         model.train(training)
     return found

@@ -99,6 +99,9 @@ class TriModalReID(nn.Module):
         identities: training identities.
         cameras: training cameras, for the tower's camera embedding.
         backbone: constructor of the tower, called with `cameras=`.
+        inside: constructor of a token module that works inside the tower, called as `tokens` is but with the tower's width; the
+            blocks after it see only what it leaves, so that compute really falls. Class tokens guide it. None is off.
+        inside_after: how many blocks run before it.
         tokens: constructor of the token module, called with `dim=, num_patches=, modalities=`; None leaves the baseline.
         pife: integrate patches into the global features before anything else uses them.
         guide: what guides the token module: the `pife` global features, or the raw `cls` tokens.
@@ -114,6 +117,8 @@ class TriModalReID(nn.Module):
         cameras: int,
         *,
         backbone: Callable[..., nn.Module] = CLIPVisionTransformer,
+        inside: Callable[..., nn.Module] | None = None,
+        inside_after: int = 1,
         tokens: Callable[..., nn.Module] | None = MultiModalSDTPS,
         pife: bool = True,
         guide: Literal["pife", "cls"] = "pife",
@@ -128,6 +133,16 @@ class TriModalReID(nn.Module):
         self.backbone = backbone(cameras=cameras)
         tower = cast(CLIPVisionTransformer, self.backbone)
         dim, patches = tower.output_dim, tower.num_patches
+        self.inside: nn.Module | None = None
+        self.inside_after = inside_after
+        if inside is not None:
+            depth = len(tower.blocks)
+            if not 0 <= inside_after < depth:
+                raise ValueError(
+                    f"inside_after must leave a block to run: 0 to {depth - 1} for a tower of {depth}, got {inside_after}"
+                )
+            self.inside = inside(dim=tower.width, num_patches=patches, modalities=MODALITIES)
+            patches = int(cast(MultiModalSDTPS, self.inside).num_out)
         self.pife = nn.ModuleDict({m: PatchIntegrated(dim) for m in MODALITIES}) if pife else None
         self.tokens = tokens(dim=dim, num_patches=patches, modalities=MODALITIES) if tokens is not None else None
         self.heads = nn.ModuleDict()
@@ -148,7 +163,12 @@ class TriModalReID(nn.Module):
         """
         stacked = torch.cat([images[m] for m in MODALITIES])
         every = None if cameras is None else cameras.repeat(len(MODALITIES))
-        tokens = rearrange(self.backbone(stacked, every), "(m b) n c -> m b n c", m=len(MODALITIES))
+        masks: dict[str, Tensor] = {}
+        if self.inside is None:
+            out = self.backbone(stacked, every)
+        else:
+            out, masks = self._pruned(stacked, every)
+        tokens = rearrange(out, "(m b) n c -> m b n c", m=len(MODALITIES))
         cls = {m: tokens[i, :, 0] for i, m in enumerate(MODALITIES)}
         patches = {m: tokens[i, :, 1:] for i, m in enumerate(MODALITIES)}
         glob = {m: self.pife[m](cls[m], patches[m]) for m in MODALITIES} if self.pife is not None else cls
@@ -156,17 +176,28 @@ class TriModalReID(nn.Module):
             features = {"ori": torch.cat([glob[m] for m in MODALITIES], -1)}
         else:
             features = {f"ori_{m}": glob[m] for m in MODALITIES}
-        masks: dict[str, Tensor] = {}
         if self.tokens is not None:
             guides = self._present(glob if self.guide == "pife" else cls, images)
             enhanced = self.tokens(patches, guides)
-            masks = enhanced.masks
+            masks = masks or enhanced.masks
             features["sdtps"] = torch.cat([mean_over_tokens(enhanced.tokens[m], self.masked_mean) for m in MODALITIES], -1)
         if not self.training:
             return ReIDOutput(features, {}, masks)
         # The norm and the losses couple the samples of a batch: they see the whole of it, whatever the number of processes.
         features = {name: gather(feature) for name, feature in features.items()}
         return ReIDOutput(features, {name: self.heads[name](feature) for name, feature in features.items()}, masks)
+
+    def _pruned(self, images: Tensor, cameras: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The tower with its tokens reduced after `inside_after` blocks, and the decision masks over the patches."""
+        tower = cast(CLIPVisionTransformer, self.backbone)
+        hidden = tower.run(tower.embed(images, tower.camera_shift(cameras)), 0, self.inside_after)
+        by_modality = rearrange(hidden, "(m b) n c -> m b n c", m=len(MODALITIES))
+        patches = {m: by_modality[i, :, 1:] for i, m in enumerate(MODALITIES)}
+        guides = {m: by_modality[i, :, 0] for i, m in enumerate(MODALITIES)}
+        assert self.inside is not None
+        reduced = self.inside(patches, guides)
+        left = torch.cat([torch.cat([guides[m][:, None], reduced.tokens[m]], 1) for m in MODALITIES])
+        return tower.project(tower.run(left, self.inside_after, None)), reduced.masks
 
     def _present(self, guides: dict[str, Tensor], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.missing_guide == "keep":

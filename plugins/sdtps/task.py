@@ -280,18 +280,26 @@ class ReID(Task):
             return self.model()
         return self.network(identities=PUBLISHED_IDENTITIES, cameras=PUBLISHED_CAMERAS)
 
-    def unpruned(self) -> nn.Module | None:
+    def unpruned(self, model: nn.Module) -> nn.Module | None:
+        if getattr(model, "tokens", None) is None and getattr(model, "inside", None) is None:
+            return None
         if hasattr(self, "data"):
-            return self.network(identities=len(self.data.train.identities), cameras=len(self.camera_index), tokens=None)
-        return self.network(identities=PUBLISHED_IDENTITIES, cameras=PUBLISHED_CAMERAS, tokens=None)
+            return self.network(
+                identities=len(self.data.train.identities), cameras=len(self.camera_index), tokens=None, inside=None
+            )
+        return self.network(identities=PUBLISHED_IDENTITIES, cameras=PUBLISHED_CAMERAS, tokens=None, inside=None)
 
     def profile_inputs(self, batch: int = 1) -> tuple[Any, ...]:
         height, width = self.eval_transform.size
         images = {m: torch.rand(batch, 3, height, width) for m in MODALITIES}
         return images, torch.zeros(batch, dtype=torch.int64)
 
-    def profile_scopes(self) -> Mapping[str, tuple[str | None, str | None]]:
-        return {"token module": (None, "tokens"), "heads": ("heads", "heads"), "backbone": ("backbone", "backbone")}
+    def profile_scopes(self, model: nn.Module) -> Mapping[str, tuple[str | None, str | None]]:
+        scopes: dict[str, tuple[str | None, str | None]] = {"tower's blocks": ("backbone.blocks", "backbone.blocks")}
+        for label, part in (("token module", "tokens"), ("token module inside the tower", "inside")):
+            if getattr(model, part, None) is not None:
+                scopes[label] = (None, part)
+        return scopes
 
     def expected(self) -> Mapping[str, float]:
         return self.published

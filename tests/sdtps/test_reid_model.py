@@ -283,3 +283,44 @@ def test_two_processes_compute_what_one_does(tmp_path):
             torch.testing.assert_close(done["grads"][name], grad, atol=1e-4 * float(grad.abs().max()) + 1e-7, rtol=1e-3, msg=name)
         for name, value in model.state_dict().items():
             torch.testing.assert_close(done["state"][name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_selection_inside_the_tower_keeps_what_it_says_and_saves_compute():
+    from functools import partial
+
+    from core.profile import profile, token_reports
+    from plugins.sdtps.clip_vit import CLIPVisionTransformer
+    from plugins.sdtps.multimodal import MultiModalSDTPS
+    from plugins.sdtps.reid_model import MODALITIES, TriModalReID
+    from plugins.sdtps.token_sparse import TokenSparse
+
+    tower = partial(CLIPVisionTransformer, image_size=(32, 16), patch=4, width=16, layers=3, heads=2, output_dim=24)
+
+    def network(ratio):
+        torch.manual_seed(0)
+        inside = (
+            None if ratio is None else partial(MultiModalSDTPS, sparse=partial(TokenSparse, sparse_ratio=ratio), aggregate=None)
+        )
+        return TriModalReID(5, 2, backbone=tower, inside=inside, inside_after=1, tokens=None).eval()
+
+    images = {m: torch.randn(2, 3, 32, 16) for m in MODALITIES}
+    cameras = torch.zeros(2, dtype=torch.int64)
+    macs = {}
+    for ratio in (None, 1.0, 0.5, 0.25):
+        model = network(ratio)
+        macs[ratio] = profile(model, (images, cameras), timed=False).macs
+        if ratio is not None:
+            (report,) = token_reports(model).values()
+            assert report.tokens_out == int(32 * ratio) + 1
+            assert {m: int(v.sum(1)[0]) for m, v in model(images, cameras).masks.items()} == dict.fromkeys(
+                MODALITIES, int(32 * ratio)
+            )
+    assert macs[0.25] < macs[0.5] < macs[None] < macs[1.0]
+
+    # With every token kept, the extra one being zero, only the selection's order and that token set it apart from the plain tower.
+    whole, plain = network(1.0), network(None)
+    plain.load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith("inside")})
+    hidden = [m.backbone.run(m.backbone.embed(images["rgb"], m.backbone.camera_shift(cameras)), 0, 1) for m in (whole, plain)]
+    assert torch.equal(hidden[0], hidden[1])
+    with pytest.raises(ValueError, match="inside_after must leave a block to run"):
+        TriModalReID(5, 2, backbone=tower, inside=MultiModalSDTPS, inside_after=3)
