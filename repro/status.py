@@ -19,7 +19,17 @@ from core import record
 from repro.show import cell
 from slurm import local_queue, sweep
 
-_COLOURS = {"finished": 32, "running": 36, "queued": 33, "requeued": 33, "stopped": 35, "cancelled": 35, "failed": 31, "lost": 31}
+_COLOURS = {
+    "finished": 32,
+    "running": 36,
+    "queued": 33,
+    "stopping": 33,
+    "requeued": 33,
+    "stopped": 35,
+    "cancelled": 35,
+    "failed": 31,
+    "lost": 31,
+}
 _MESSAGE = 60
 
 

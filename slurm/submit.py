@@ -6,6 +6,7 @@ Nothing here needs accounting: states come from each run's own status file, the 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shlex
@@ -122,12 +123,12 @@ def submit(jobs: Sequence[Job], folder: Path, profile: Profile, name: str) -> li
             slurm_additional_parameters={"requeue": True, **profile.extra},
         )  # fmt: skip
         try:
-            with executor.batch():
+            with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # submitit prints what sbatch says; we raise it
                 made = [executor.submit(job) for job in part]
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-            said = [line.strip() for line in str(error).splitlines() if line.strip()]
+            said = [re.sub(r"^(sbatch: )?(error: )?", "", line.strip()) for line in str(error).splitlines()]
             _tidy(folder)
-            refusal = f"sbatch: {said[-1] if said else 'refused'}"
+            refusal = "sbatch: " + ("; ".join(s for s in said if s and not s.startswith("Try ")) or "refused")
             for job in part:
                 (job.path / NOTE).unlink(missing_ok=True)
             raise SlurmError(refusal) from None

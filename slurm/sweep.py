@@ -29,6 +29,7 @@ STATES = {
     "finished": "done",
     "running": "at work",
     "queued": "handed to the launcher, not started",
+    "stopping": "stopped with a checkpoint; its job has not ended, and may be requeued",
     "requeued": "stopped with a checkpoint, SLURM starts it again",
     "waiting": "never started",
     "stopped": "stopped with a checkpoint; --resume goes on",
@@ -36,7 +37,7 @@ STATES = {
     "failed": "ended with an error; its message and job.log say which",
     "lost": "its process or machine died without a word; --resume goes on",
 }  # fmt: skip
-ACTIVE = ("running", "queued", "requeued")
+ACTIVE = ("running", "queued", "stopping", "requeued")
 FAILED = ("failed", "lost")
 _MOST_PROBLEMS = 12
 
@@ -262,8 +263,8 @@ def _standing(run: Run, path: Path, noted: Mapping[str, Any], asked: Mapping[str
             state = "queued"  # the job has started and the run has not yet said so
         elif place is not None and place[0] == "RUNNING" and own.lost:
             state, message = "running", f"no heartbeat for {time.time() - own.updated:.0f} s"
-        elif place is not None and place[0] == "COMPLETING" and not over:
-            state, message = "requeued", str(noted.get("message") or "")
+        elif place is not None and state in ("stopped", "lost") and not cancelled:
+            state = "stopping"
         elif unsure and own.updated < submitted:
             state = "queued"
     elif place is not None or unsure:

@@ -251,8 +251,8 @@ STANDINGS = [
     ({"state": "running", "updated": -60}, SLURM, "gone", False, "lost"),
     ({"state": "stopped", "updated": -50}, SLURM, "gone", False, "stopped"),
     ({"state": "stopped", "updated": -50}, SLURM, ("PENDING", "BeginTime"), False, "requeued"),
-    ({"state": "stopped", "updated": -50}, {**SLURM, "ended": None}, ("COMPLETING", "None"), False, "requeued"),
-    ({"state": "stopped", "updated": -50}, {**SLURM, "ended": 0}, ("COMPLETING", "None"), False, "stopped"),
+    ({"state": "stopped", "updated": -50}, {**SLURM, "ended": None}, ("COMPLETING", "None"), False, "stopping"),
+    ({"state": "stopped", "updated": -50}, {**SLURM, "ended": 0}, ("RUNNING", "None"), False, "stopping"),
     ({"state": "failed", "updated": -200}, SLURM, ("PENDING", "Resources"), False, "queued"),
     ({"state": "failed", "updated": -200}, SLURM, ("RUNNING", "None"), False, "queued"),
     ({"state": "failed", "updated": -200}, SLURM, "unknown", False, "queued"),
@@ -328,13 +328,22 @@ def test_a_table_of_results_is_the_same_wherever_the_runs_were_done(gin):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A real sweep of four runs of which two fail, and what was said."""
+    """A real sweep of three runs of which one fails, and what was said."""
     folder = tmp_path_factory.mktemp("sweep")
     gin = sleepy_plugin.install(folder / "plugins")
     environment = {**sleepy_plugin.environment(folder / "plugins"), "CUDA_VISIBLE_DEVICES": ""}
-    argv = ["--gin", gin, "--runs", folder / "runs", "--name", "small", "--set", "trainer.train.save_every=5"]
-    argv += ["--preset", "good:", "--preset", "bad: sleepy.Nap.fail_at=7", "--grid", "SEED=0..1"]
-    first = cli("sweep", *argv, "--slots", "2", environment=environment)
+    argv = ["--gin", gin, "--runs", folder / "runs", "--set", "trainer.train.save_every=5"]
+    first = cli(
+        "sweep",
+        *argv,
+        "--name",
+        "small",
+        "--grid",
+        "SEED=0..2; sleepy.Nap.fail_at=-1,-1,7",
+        "--slots",
+        "2",
+        environment=environment,
+    )
     gin.write_text(gin.read_text().replace("STEPS = 20", "STEPS = 30"))  # too late for this sweep
     return folder, argv, environment, first
 
@@ -342,19 +351,19 @@ def done(tmp_path_factory):
 def test_a_sweep_runs_everything_and_says_what_failed(done):
     folder, _, environment, first = done
     assert first.returncode == 1, first.stdout + first.stderr
-    assert "4 runs: 2 finished, 2 failed" in first.stdout
+    assert "3 runs: 2 finished, 1 failed" in first.stdout
+    assert re.search(r"failed .* ValueError: asked to fail at step 7$", first.stdout, flags=re.M)
     found = sweep.find("small", folder / "runs")
     rows, _ = sweep.standings(found)
-    assert [r.state for r in rows] == ["finished", "finished", "failed", "failed"]
+    assert [r.state for r in rows] == ["finished", "finished", "failed"]
     assert rows[2].message.startswith("ValueError: asked to fail at step 7")
-    assert re.search(r"failed .* ValueError: asked to fail at step 7$", first.stdout, flags=re.M)
     assert "asked to fail at step 7" in (found.path(rows[2].run) / "job.log").read_text()
     told = cli("status", "small", "--runs", folder / "runs", environment=environment)
     assert told.returncode == 1
-    assert "4 runs: 2 finished, 2 failed" in told.stdout
+    assert "3 runs: 2 finished, 1 failed" in told.stdout
     as_json = json.loads(cli("status", "small", "--runs", folder / "runs", "--json", environment=environment).stdout)
-    assert [r["state"] for r in as_json["runs"]] == ["finished", "finished", "failed", "failed"]
-    assert as_json["runs"][0]["cells"] == {"preset": "good", "SEED": "0"}
+    assert [r["state"] for r in as_json["runs"]] == ["finished", "finished", "failed"]
+    assert as_json["runs"][0]["cells"] == {"SEED": "0", "sleepy.Nap.fail_at": "-1"}
 
 
 def test_the_profile_is_made_once_a_configuration_and_stored_with_each_run(done):
@@ -373,47 +382,31 @@ def test_only_what_failed_is_done_again_from_the_folder_alone(done):
     assert again.returncode == 1
     assert "1 to do" in again.stdout
     rows, _ = sweep.standings(sweep.find("small", folder / "runs"))
-    assert [r.attempts for r in rows] == [1, 1, 2, 1]
-    assert [(r.state, r.steps) for r in rows] == [("finished", 20)] * 2 + [("failed", 20)] * 2  # the config as it was planned
+    assert [r.attempts for r in rows] == [1, 1, 2]
+    assert [(r.state, r.steps) for r in rows] == [("finished", 20)] * 2 + [("failed", 20)]  # the config as it was planned
     assert before == {p: p.stat().st_mtime_ns for p in (folder / "runs").glob("*/result.json")}
 
 
 def test_what_is_done_is_not_done_again(done):
     _, argv, environment, _ = done
-    argv = [a for a in argv if a not in ("--preset", "good:", "bad: sleepy.Nap.fail_at=7")]
-    argv[argv.index("small")] = "smaller"
-    again = cli("sweep", *argv, "--set", "STEPS=20", environment=environment)
+    again = cli(
+        "sweep", *argv, "--set", "STEPS=20", "--set", "sleepy.Nap.fail_at=-1", "--grid", "SEED=0..1", environment=environment
+    )
     assert again.returncode == 0, again.stderr
     assert "2 runs: 2 finished\nnothing to do" in again.stdout
     assert "accuracy" in again.stdout
 
 
-def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path):
-    gin = sleepy_plugin.install(tmp_path / "plugins")
-    environment = {**sleepy_plugin.environment(tmp_path / "plugins"), "CUDA_VISIBLE_DEVICES": ""}
-    argv = [
-        "--gin",
-        gin,
-        "--set",
-        "sleepy.Nap.kill_at=12",
-        "--set",
-        "trainer.train.save_every=5",
-        "--grid",
-        "SEED=3",
-        "--no-profile",
-        "--name",
-        "k",
-    ]
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "whole" / "killed-once").touch()  # so that this one is left in peace
-    assert cli("sweep", *argv, "--runs", tmp_path / "whole", environment=environment).returncode == 0
-    killed = cli("sweep", *argv, "--runs", tmp_path / "killed", environment=environment)
+def test_a_killed_run_is_resumed_to_the_same_bits(done):
+    folder, argv, environment, _ = done
+    argv = [*argv, "--set", "STEPS=20", "--set", "sleepy.Nap.kill_at=12", "--grid", "SEED=0", "--no-profile", "--name", "killed"]
+    killed = cli("sweep", *argv, environment=environment)
     assert killed.returncode == 1
     assert "killed by SIGKILL" in killed.stdout
-    resumed = cli("sweep", "--resume", "k", "--no-profile", "--runs", tmp_path / "killed", environment=environment)
+    resumed = cli("sweep", "--resume", "killed", "--no-profile", "--runs", folder / "runs", environment=environment)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    (name,) = [r.name for r in sweep.find("k", tmp_path / "killed").runs]
-    places = [tmp_path / place / name for place in ("whole", "killed")]
+    names = [sweep.find(name, folder / "runs").runs[0].name for name in ("small", "killed")]
+    places = [folder / "runs" / name for name in names]  # the same seed, one left in peace and one killed
     assert (places[0] / "metrics.jsonl").read_bytes() == (places[1] / "metrics.jsonl").read_bytes()
     whole, again = (checkpoint.load(checkpoint.Store(place / "checkpoints").path(20))["model"] for place in places)
     assert whole.keys() == again.keys()
