@@ -224,7 +224,10 @@ def test_entropy_and_maximum_on_noise_lie_in_the_band_of_the_note():  # S4, S5
 
 def test_orthogonality_starts_at_its_floor():
     torch.manual_seed(1)
-    losses = [float(run(SemanticAnchorPurification().eval(), *episode(64, 640, q=15, seed=s)).orthogonal_loss) for s in range(10)]
+    with torch.no_grad():
+        losses = [
+            float(run(SemanticAnchorPurification().eval(), *episode(64, 640, q=15, seed=s)).orthogonal_loss) for s in range(10)
+        ]
     assert sum(losses) / 10 == pytest.approx(1 / 640, rel=0.15)
 
 
