@@ -223,7 +223,8 @@ def locate(name: str, relative_to: Path | None = None) -> Path:
             places = [relative_to / path] if relative_to else []
             tail = Path(*path.parts[1:]) if path.parts and path.parts[0] == "gin" else path
             places += [Path.cwd() / path, config_root() / tail]
-            if relative_to and _below(relative_to, [config_root()]):  # what an installed file includes is installed with it
+            # What an installed file includes is installed too, whatever the current folder holds.
+            if relative_to and (_below(relative_to, [config_root()]) or not _below(relative_to, [Path.cwd()])):
                 places[-2:] = reversed(places[-2:])
     for place in places:
         if place.is_file():

@@ -28,11 +28,11 @@ def main(args: argparse.Namespace) -> int:
     problems = dict(registry.plugin_problems())
     passports: dict[str, registry.Passport] = {}
     if args.imports:
-        for name, outcome in registry.load_all().items():
-            if isinstance(outcome, registry.Passport):
-                passports[name] = outcome
-            else:
-                problems[name] = outcome.cause
+        for name in registry.plugins() if args.plugin is None else {args.plugin} & registry.plugins().keys():
+            try:
+                passports[name] = registry.load_plugin(name)
+            except registry.PluginError as error:
+                problems[name] = error.cause
     plugins = registry.plugins()
     versions, own = {p.name: p.version for p in plugins.values()}, version("ginrepro")
     if args.json:
