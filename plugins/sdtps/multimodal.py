@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from core.profile import TokenReport
 from core.registry import register
+from plugins.sdtps.fused import SelectAndAggregate, Settings, fusable
 from plugins.sdtps.token_aggregation import TokenAggregation
 from plugins.sdtps.token_sparse import Selection, Similarity, TokenSparse, attention_maps, require_choice, select
 
@@ -69,6 +70,8 @@ class MultiModalSDTPS(nn.Module):
             the mean of a modality's own tokens (SEPS), which lives in the tokens' own space.
         similarity: `cosine`, or `dot`: the product over c, as SEPS's paper writes it.
         attention_no_grad: compute the attention maps without gradient, so that guides learn nothing from the selection.
+        fused: train through `SelectAndAggregate` where the settings allow: equal numbers in less time and memory, no second
+            derivative. False always composes the parts.
 
     Raises:
         ValueError: if fewer than two modalities are named, one is named twice, or an aggregation is to follow a selection that keeps
@@ -86,6 +89,7 @@ class MultiModalSDTPS(nn.Module):
         guide: Literal["global", "mean_patch"] = "global",
         similarity: Literal["cosine", "dot"] = "cosine",
         attention_no_grad: bool = True,
+        fused: bool = True,
     ):
         super().__init__()
         if len(modalities) < 2 or len(set(modalities)) < len(modalities):
@@ -93,7 +97,7 @@ class MultiModalSDTPS(nn.Module):
         require_choice("guide", guide, Literal["global", "mean_patch"])
         require_choice("similarity", similarity, Similarity)
         self.modalities, self.num_patches = tuple(modalities), num_patches
-        self.guide, self.attention_no_grad = guide, attention_no_grad
+        self.guide, self.attention_no_grad, self.fused = guide, attention_no_grad, fused
         self.similarity: Similarity = similarity
         self.sparse = nn.ModuleDict({name: sparse(dim=dim) for name in self.modalities})
         first = self.selectors[0]
@@ -147,33 +151,71 @@ class MultiModalSDTPS(nn.Module):
             ValueError: if modalities or shapes do not fit, or guides are missing.
         """
         check_inputs(self.modalities, self.num_patches, patches, None if self.guide == "mean_patch" else guides)
-        chosen = self.choose(patches, guides, uniforms)
-        tokens = {}
-        for name, selection in chosen.items():
-            kept = selection.tokens
+        maps = self.attention(patches, guides)
+        fused = self._fused(patches, maps) if uniforms is None else None
+        if fused is not None:
+            return fused
+        tokens, masks, kept = {}, {}, {}
+        for name, selection in self.choose(patches, maps, uniforms).items():
+            tokens[name], masks[name], kept[name] = selection.tokens, selection.mask, selection.kept
             if self.aggregate is not None:
-                kept = self.aggregate[name](kept, selection.kept_mask)
-            tokens[name] = kept if selection.extra is None else torch.cat([kept, selection.extra], 1)
-        return Enhanced(tokens, {m: s.mask for m, s in chosen.items()}, {m: s.kept for m, s in chosen.items()})
+                tokens[name] = self.aggregate[name](tokens[name], selection.kept_mask)
+            if selection.extra is not None:
+                tokens[name] = torch.cat([tokens[name], selection.extra], 1)
+        return Enhanced(tokens, masks, kept)
 
-    def choose(
-        self,
-        patches: Mapping[str, Float[Tensor, "b n c"]],
-        guides: Mapping[str, Float[Tensor, "b c"]] | None = None,
-        uniforms: Mapping[str, Float[Tensor, "b n"]] | None = None,
-    ) -> dict[str, Selection]:
-        """The first half of `forward`: what is kept of each modality, before aggregation."""
+    def attention(
+        self, patches: Mapping[str, Float[Tensor, "b n c"]], guides: Mapping[str, Float[Tensor, "b c"]] | None = None
+    ) -> dict[str, Float[Tensor, "b g n"]]:
+        """Attention maps of each modality's tokens: own guide first, then the others' in the order of the modalities."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.attention_no_grad):
             if self.guide == "mean_patch":
                 guides = {name: patches[name].mean(1) for name in self.modalities}
             if guides is None:
                 raise ValueError("guides are needed with guide = 'global': one (b, c) feature for each modality")
-            maps = []
+            maps = {}
             for name in self.modalities:
-                others = [guides[other] for other in self.modalities if other != name]
-                maps.append(attention_maps(patches[name], torch.stack([guides[name], *others], 1), self.similarity))
-        draws = None if uniforms is None else [uniforms[name] for name in self.modalities]
-        return dict(zip(self.modalities, select(self.selectors, [patches[name] for name in self.modalities], maps, draws)))
+                order = [name, *(other for other in self.modalities if other != name)]
+                maps[name] = attention_maps(patches[name], torch.stack([guides[g] for g in order], 1), self.similarity)
+        return maps
+
+    def choose(
+        self,
+        patches: Mapping[str, Float[Tensor, "b n c"]],
+        maps: Mapping[str, Float[Tensor, "b g n"]],
+        uniforms: Mapping[str, Float[Tensor, "b n"]] | None = None,
+    ) -> dict[str, Selection]:
+        """What is kept of each modality, given its attention maps: the step between `attention` and the aggregation."""
+        names = self.modalities
+        draws = None if uniforms is None else [uniforms[name] for name in names]
+        return dict(zip(names, select(self.selectors, [patches[m] for m in names], [maps[m] for m in names], draws)))
+
+    def _fused(self, patches: Mapping[str, Float[Tensor, "b n c"]], maps: Mapping[str, Float[Tensor, "b g n"]]) -> Enhanced | None:
+        """The whole step with its hand-written gradient; None where the settings or the circumstances rule it out."""
+        selectors, first = self.selectors, self.selectors[0]
+        if not self.fused or self.aggregate is None or not first.hard or first.pooling != "softmax" or first.score != "combined":
+            return None
+        aggregators = [cast(TokenAggregation, self.aggregate[name]) for name in self.modalities]
+        if any(type(s).forward is not TokenSparse.forward for s in selectors) or any(
+            type(a).forward is not TokenAggregation.forward for a in aggregators
+        ):
+            return None
+        tokens, seen = [patches[name] for name in self.modalities], [maps[name] for name in self.modalities]
+        layers = [(*s.linears, *a.layers) for s, a in zip(selectors, aggregators)]
+        if not fusable([*tokens, *seen, layers[0][0].weight], [layer for own in layers for layer in own]):
+            return None
+
+        weights = []
+        for own, aggregator in zip(layers, aggregators):
+            for layer in own:
+                weights += [layer.weight, layer.bias]
+            weights.append(aggregator.scale)
+        k, b = first.kept_count(self.num_patches), tokens[0].shape[0]
+        settings = Settings(len(tokens), k, 1 - 2 * first.beta, first.extra_tau, layers[0][2].eps)
+        *outputs, mask, order = SelectAndAggregate.apply(settings, first.attend(torch.cat(seen)), *tokens, *weights)
+        by_name = dict(zip(self.modalities, outputs))
+        masks, kept = dict(zip(self.modalities, mask.split(b))), dict(zip(self.modalities, order[:, :k].split(b)))
+        return Enhanced(by_name, masks, kept)
 
     @torch.no_grad()
     def train_evaluation_gap(

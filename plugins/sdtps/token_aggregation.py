@@ -10,7 +10,7 @@ The normalised tokens feed the weights only; what is combined are the tokens as 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from core.registry import register
-from plugins.sdtps.gradients import Aggregate, fusable
 from plugins.sdtps.token_sparse import Rounding, require_choice, require_fraction, require_idle, token_count
 
 
@@ -73,6 +72,12 @@ class TokenAggregation(nn.Module):
         self.weight = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, self.num_out))
         self.scale = nn.Parameter(torch.ones(1, 1, 1))
 
+    @property
+    def layers(self) -> tuple[nn.LayerNorm, nn.Linear, nn.Linear]:
+        """The layer norm and the two linear layers of the weights' MLP."""
+        norm, first, _, last = self.weight
+        return cast(nn.LayerNorm, norm), cast(nn.Linear, first), cast(nn.Linear, last)
+
     def forward(self, tokens: Float[Tensor, "b k c"], mask: Float[Tensor, "b k"] | None = None) -> Float[Tensor, "b t c"]:
         """Aggregate.
 
@@ -81,11 +86,6 @@ class TokenAggregation(nn.Module):
             mask: D at these tokens, or None for all ones. A sample whose mask is all zero is treated as if it had none:
                 the result is finite, and means nothing.
         """
-        norm, first, _, last = self.weight
-        if (mask is None or self.mask_mode == "none") and fusable(tokens, first.weight):
-            return Aggregate.apply(
-                tokens, norm.weight, norm.bias, first.weight, first.bias, last.weight, last.bias, self.scale, norm.eps
-            )
         logits = rearrange(self.weight(tokens), "b k t -> b t k") * self.scale
         if mask is not None and self.mask_mode != "none":
             # In float32 at least: 1e10 is infinite in float16, and infinity minus infinity is not a number.

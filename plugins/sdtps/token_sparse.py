@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.registry import register
-from plugins.sdtps.gradients import SplitTokens, fusable
 
 Rounding = Literal["ceil", "floor", "exact_ceil", "exact_floor"]
 Similarity = Literal["cosine", "dot"]
@@ -342,6 +341,11 @@ class TokenSparse(nn.Module):
         return self.use_gumbel and (self.training or not self.gumbel_train_only)
 
     @property
+    def hard(self) -> bool:
+        """Whether, in the present mode, tokens are gathered by constant indices and no mask carries a gradient."""
+        return not self.noisy and (self.selection == "hard" or (self.selection == "relaxed" and not self.training))
+
+    @property
     def pooling(self) -> str:
         """How dropped tokens are pooled in the present mode: softmax, uniform or none."""
         if self.extra_mode == "uniform_in_training":
@@ -386,14 +390,6 @@ def select(
     attention = first.attend(torch.cat(list(maps)))
     k = first.kept_count(n)
     relaxed = first.selection == "relaxed" and first.training
-    if (
-        not (first.noisy or relaxed)
-        and first.selection != "in_place"
-        and first.score == "combined"
-        and first.pooling == "softmax"
-        and fusable(*patches, attention, first.linears[0].weight)
-    ):
-        return _select_fused(selectors, patches, attention, k)
 
     scores = attention
     if first.score == "combined":
@@ -452,31 +448,3 @@ def select(
 
 def _gather(tokens: Float[Tensor, "b n c"], positions: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
     return tokens.gather(1, repeat(positions, "b k -> b k c", c=tokens.shape[-1]))
-
-
-def _select_fused(
-    selectors: Sequence[TokenSparse], patches: Sequence[Tensor], attention: Float[Tensor, "mb n"], k: int
-) -> list[Selection]:
-    """The hard selection of `select` in training, with `SplitTokens`'s gradient: equal numbers, about half the work."""
-    first, (b, n, _) = selectors[0], patches[0].shape
-    layers = [s.linears for s in selectors]
-    with torch.no_grad():
-        hidden = [one(rearrange(p, "b n c -> (b n) c")) for p, (one, _) in zip(patches, layers)]
-        activated = [F.gelu(h) for h in hidden]
-        predicted = torch.cat([two(a) for a, (_, two) in zip(activated, layers)]).sigmoid_().view(-1, n)
-        scores = torch.add(attention, predicted, alpha=1 - 2 * first.beta)  # eq. 3
-        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-        mask = torch.zeros_like(scores).scatter_(1, order[:, :k], 1.0)
-        pooling = (ranked[:, k:] / first.extra_tau).softmax(-1)
-        dropped_predicted = predicted.gather(1, order[:, k:])
-        row = order + torch.arange(0, len(patches) * b * n, n, device=order.device)[:, None] % (b * n)
-    results = []
-    for i, (tokens, (one, two)) in enumerate(zip(patches, layers)):
-        own = slice(i * b, (i + 1) * b)
-        kept, extra = SplitTokens.apply(
-            tokens, attention[own], one.weight, one.bias, two.weight, two.bias, hidden[i], activated[i],
-            dropped_predicted[own].reshape(-1), pooling[own], row[own, :k].reshape(-1), row[own, k:].reshape(-1),
-            1 - 2 * first.beta, first.extra_tau,
-        )  # fmt: skip
-        results.append(Selection(kept, extra, mask[own], None, order[own, :k], scores[own]))
-    return results
