@@ -29,7 +29,8 @@ class Mlp(Task):
     def prepare(self, workspace: Path) -> DataCard:
         generator = torch.Generator().manual_seed(1)
         self.data = [
-            {"x": torch.randn(16, 64, generator=generator), "y": torch.randint(0, 10, (16,), generator=generator)} for _ in range(64)
+            {"x": torch.randn(16, 64, generator=generator), "y": torch.randint(0, 10, (16,), generator=generator)}
+            for _ in range(64)
         ]
         return DataCard("random", "-", "0" * 16, True, {})
 
@@ -82,7 +83,9 @@ def main() -> int:
     torch.set_num_threads(1)
     both = [(bare(), ours()) for _ in range(REPEATS)]
     least, most = min(b for b, _ in both) * 1e6, min(o for _, o in both) * 1e6
-    print(f"bare loop  {least:8.1f} µs a step\ntrainer    {most:8.1f} µs a step\noverhead   {most - least:8.1f} µs (limit {LIMIT_US:.0f})\nratio      {most / least:8.2f}")
+    print(
+        f"bare loop  {least:8.1f} µs a step\ntrainer    {most:8.1f} µs a step\noverhead   {most - least:8.1f} µs (limit {LIMIT_US:.0f})\nratio      {most / least:8.2f}"
+    )
     return int(most - least > LIMIT_US)
 
 
