@@ -202,8 +202,8 @@ class FewShot(Task):
             metrics.update(few_shot.interval(values).metrics(f"accuracy[{name}]"))
         metrics.update(self._leakage(model, drawn[self.target][:LEAK_EPISODES], features, row))
         seen = sorted({i for episode in drawn[self.target] for i in episode if self.data.records[i].domain == self.target_domain})
-        classes = self._class_labels(seen, features.intrinsic.device)
-        metrics["separation"] = float(separation_ratio(features.intrinsic[[row[i] for i in seen]], classes, len(self.data.classes)))
+        names, classes = self._class_labels(seen, features.intrinsic.device).unique(return_inverse=True)
+        metrics["separation"] = float(separation_ratio(features.intrinsic[[row[i] for i in seen]], classes, len(names)))
         return metrics
 
     def _episode_accuracy(self, model: Any, plan: EpisodePlan, features: Features, rows: list[int]) -> float:
