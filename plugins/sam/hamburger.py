@@ -60,18 +60,18 @@ class MatrixDecomposition(nn.Module):
             drawn = torch.rand(dim, rank, generator=torch.Generator("cpu").manual_seed(eval_seed), device="cpu")
             self.register_buffer("bases", torch.empty(dim, rank).copy_(drawn), persistent=False)
 
-    def initial_bases(self, batch: int, device: torch.device) -> Float[Tensor, "b c r"]:
+    def initial_bases(self, x: Float[Tensor, "b c n"]) -> Float[Tensor, "b c r"]:
         if self.training or self.eval_seed is None:
-            drawn = torch.rand(batch, self.dim, self.rank, device=device)
+            drawn = torch.rand(x.shape[0], self.dim, self.rank, device=x.device)
         else:
-            drawn = repeat(self.bases, "c r -> b c r", b=batch)
+            drawn = repeat(self.bases, "c r -> b c r", b=x.shape[0])
         return F.normalize(drawn, dim=1)
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         kind = features.device.type
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             x = rearrange(features.float(), "b c h w -> b c (h w)")
-            bases = self.initial_bases(x.shape[0], x.device)
+            bases = self.initial_bases(x)
             coefficients = einsum(x, bases, "b c n, b c r -> b n r").softmax(dim=-1)
             for _ in range(self.train_steps if self.training else self.eval_steps):
                 coefficients = self.update_coefficients(x, bases, coefficients)

@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from core.export import Part
 from core.registry import register
 from plugins.sam.dformer import DFormerv2
 from plugins.sam.hamburger import HamburgerHead
@@ -97,6 +98,8 @@ class Segmentor(nn.Module):
         if lazy and encoder_placement == "block":
             raise ValueError("encoder_sam_build='lazy_upstream' concerns export-only modules; set encoder_placement='export'")
         self.encoder_placement = encoder_placement
+        self.text_dim = text_dim
+        self.example_size, self.example_tokens = (480, 640), 6  # of the inputs that an export is traced with
         self.backbone = backbone()
         shape: Any = self.backbone  # channels, blocks and heads of its four stages
         dims, depths, heads = shape.dims, shape.depths, shape.heads
@@ -159,3 +162,14 @@ class Segmentor(nn.Module):
         features = self.encode(image, depth, text)
         logits = self.head([self.align_level(features[i], i, text) for i in LEVELS])
         return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False)
+
+    def export_parts(self) -> list[Part]:
+        """The whole model at `example_size`, with as many text tokens as `example_tokens`; the batch stays dynamic."""
+        device = next(self.parameters()).device
+        inputs = {
+            "image": torch.rand(2, 3, *self.example_size, device=device),
+            "depth": torch.rand(2, 1, *self.example_size, device=device),
+        }
+        if len(self.encoder_alignment) or len(self.decoder_alignment):
+            inputs["text"] = torch.randn(2, self.example_tokens, self.text_dim, device=device)
+        return [Part("segmentor", self, inputs, ("logits",), {name: {0: "batch"} for name in inputs})]

@@ -227,7 +227,8 @@ class SemanticAlignment(nn.Module):
 
     # --- text -----------------------------------------------------------------------------------------------------------
 
-    def _batched(self, text: Float[Tensor, "..."], batch: int, side: Side) -> Float[Tensor, "b t ct"]:
+    def _batched(self, text: Float[Tensor, "..."], visual: Float[Tensor, "b ..."], side: Side) -> Float[Tensor, "b t ct"]:
+        batch = visual.shape[0]
         if text.shape[-1] != self.text_dim:
             raise ValueError(
                 f"text tokens are {text.shape[-1]} wide, SemanticAlignment was built for text_dim={self.text_dim} "
@@ -321,7 +322,7 @@ class SemanticAlignment(nn.Module):
     ) -> Float[Tensor, "b k h w t"]:
         """Attention weights of every position over the text tokens, for pictures. Zero for a sample without text."""
         side = self._side(side)
-        batched = self._batched(text, visual.shape[0], side)
+        batched = self._batched(text, visual, side)
         tokens = rearrange(visual, "b h w c -> b (h w) c")
         if side == "decoder":
             tokens = self.norm1(tokens)
@@ -350,7 +351,7 @@ class SemanticAlignment(nn.Module):
         """
         side = self._side(side)
         height = visual.shape[1]
-        batched = self._batched(text, visual.shape[0], side)
+        batched = self._batched(text, visual, side)
         tokens = rearrange(visual, "b h w c -> b (h w) c")
         aligned = self._decode(tokens, batched) if side == "decoder" else self._encode(tokens, batched)
         return rearrange(aligned, "b (h w) c -> b h w c", h=height)

@@ -40,7 +40,7 @@ def by_hand(x, bases, steps, eps=1e-6):
 def test_factorisation_by_hand():
     nmf = MatrixDecomposition(3, rank=2, eval_steps=2).eval()
     x = torch.rand(2, 3, 2, 2)
-    start = nmf.initial_bases(1, x.device)[0]
+    start = nmf.initial_bases(x.flatten(2))[0]
     assert_close(start.norm(dim=0), torch.ones(2))
     for ours, sample in zip(nmf(x), x):
         assert_close(ours.flatten(1), by_hand(sample.flatten(1), start, 2), atol=1e-5, rtol=1e-4)

@@ -157,6 +157,16 @@ def test_one_clear_error_each():
         tiny()(image, depth, text[..., :5])
 
 
+def test_the_model_exports_as_it_computes(tmp_path):
+    from core import export
+
+    model = tiny()
+    model.example_size, model.example_tokens = (64, 96), 4
+    (done,) = export.export(model.export_parts(), tmp_path, formats=("torch",))
+    assert done.worst < 1e-5
+    assert {s["batch"] for s in done.sizes} >= {1, 2}
+
+
 # --- released checkpoints -----------------------------------------------------------------------------------------------
 
 

@@ -308,7 +308,9 @@ def test_pictures_tables_and_profile_inputs(task, tmp_path):
     image, _, text = task.profile_inputs()
     assert image.shape == (1, 3, 480, 640)
     assert text.shape == (1, 6, 12)
-    assert task.blueprint() is not None
+    undressed = Segmentation("unused", network=NETWORK, text=TEXT, profile_text=(5, 12))  # nothing is opened for a profile
+    assert undressed.profile_inputs()[2].shape == (1, 5, 12)
+    assert sum(p.numel() for p in undressed.blueprint().parameters()) == sum(p.numel() for p in task.blueprint().parameters())
 
 
 def test_without_text_and_the_control(sample, tmp_path):
@@ -321,9 +323,11 @@ def test_without_text_and_the_control(sample, tmp_path):
     with pytest.raises(ValueError, match="text is None, but the network has SAM modules"):
         Segmentation(str(sample), network=NETWORK, text=None).blueprint()
 
-    guided = Segmentation(str(sample), network=NETWORK, text=TEXT)
-    control = Segmentation(str(sample), network=NETWORK, text=functools.partial(ConstantTokens, dim=12))
-    counts = [sum(p.numel() for p in t.blueprint().parameters()) for t in (guided, control)]
+    counts = []
+    for text in (TEXT, functools.partial(ConstantTokens, dim=12)):
+        work = Segmentation(str(sample), network=NETWORK, text=text)
+        work.prepare(tmp_path)
+        counts.append(sum(p.numel() for p in work.model().parameters()))
     assert counts[0] == counts[1]
 
 
