@@ -156,7 +156,7 @@ class MultiModalSDTPS(nn.Module):
         if fused is not None:
             return fused
         tokens, masks, kept = {}, {}, {}
-        for name, selection in self.choose(patches, maps, uniforms).items():
+        for name, selection in self._select(patches, maps, uniforms).items():
             tokens[name], masks[name], kept[name] = selection.tokens, selection.mask, selection.kept
             if self.aggregate is not None:
                 tokens[name] = self.aggregate[name](tokens[name], selection.kept_mask)
@@ -182,10 +182,18 @@ class MultiModalSDTPS(nn.Module):
     def choose(
         self,
         patches: Mapping[str, Float[Tensor, "b n c"]],
-        maps: Mapping[str, Float[Tensor, "b g n"]],
+        guides: Mapping[str, Float[Tensor, "b c"]] | None = None,
         uniforms: Mapping[str, Float[Tensor, "b n"]] | None = None,
     ) -> dict[str, Selection]:
-        """What is kept of each modality, given its attention maps: the step between `attention` and the aggregation."""
+        """The first half of `forward`: what is kept of each modality, before aggregation. Arguments as there."""
+        return self._select(patches, self.attention(patches, guides), uniforms)
+
+    def _select(
+        self,
+        patches: Mapping[str, Float[Tensor, "b n c"]],
+        maps: Mapping[str, Float[Tensor, "b g n"]],
+        uniforms: Mapping[str, Float[Tensor, "b n"]] | None,
+    ) -> dict[str, Selection]:
         names = self.modalities
         draws = None if uniforms is None else [uniforms[name] for name in names]
         return dict(zip(names, select(self.selectors, [patches[m] for m in names], [maps[m] for m in names], draws)))

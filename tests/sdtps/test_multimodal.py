@@ -171,7 +171,7 @@ def test_guides_learn_only_if_asked(no_grad):
 def test_a_mask_of_ones_is_no_mask():
     """The release always passes its hard mask on; the output with it and without it is the same."""
     module, (patches, guides) = build(aggregate={"mask_mode": "additive"}), inputs()
-    for m, selection in module.choose(patches, module.attention(patches, guides)).items():
+    for m, selection in module.choose(patches, guides).items():
         masked = module.aggregate[m](selection.tokens, selection.mask.gather(1, selection.kept))
         with torch.no_grad():
             assert torch.equal(masked.detach(), module.aggregate[m](selection.tokens))
