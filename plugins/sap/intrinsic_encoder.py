@@ -79,8 +79,9 @@ class StandardizedConv2d(nn.Conv2d):
 class DropBlock(nn.Module):
     """Zero contiguous squares of the map, the same in all channels, and rescale by what is kept over the batch.
 
-    Centres fall where the whole square fits. On a map smaller than the square, the square shrinks to the largest odd size
-    that fits (the release divides by zero there).
+    Centres fall where the whole square fits. On a small map the square shrinks to the largest odd size that leaves something
+    of it (the release divides by zero below 5 x 5, and at 5 x 5 drops the whole map). A map of which several squares would
+    leave nothing is left whole: a feature of exactly 0 has no direction, and normalising it a gradient of 1e12.
 
     Args:
         rate: expected share of dropped positions, before overlaps.
@@ -94,15 +95,16 @@ class DropBlock(nn.Module):
         self.rate, self.size = rate, size
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        if not self.training or self.rate == 0:
-            return x
         b, _, h, w = x.shape
-        fits = min(h, w, self.size)
+        fits = min(h - 1, w - 1, self.size)
+        if not self.training or self.rate == 0 or fits < 1:
+            return x
         size = fits - 1 + fits % 2
         inside = (h - size + 1, w - size + 1)
         gamma = self.rate * h * w / size**2 / (inside[0] * inside[1])
         centres = (torch.rand(b, 1, *inside, device=x.device) < gamma).float()
         keep = 1 - F.max_pool2d(F.pad(centres, (size - 1,) * 4), size, stride=1)
+        keep = torch.where(keep.amax((2, 3), keepdim=True) > 0, keep, torch.ones_like(keep))
         return x * (keep * (keep.numel() / keep.sum().clamp(min=1))).to(x.dtype)
 
 

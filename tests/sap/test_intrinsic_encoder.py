@@ -92,10 +92,11 @@ def test_drop_block_drops_squares_of_all_channels_at_its_rate_and_keeps_the_mean
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 5])
-def test_drop_block_works_on_maps_smaller_than_its_square(side):
-    out = DropBlock(0.2)(torch.ones(50, 2, side, side))
+def test_drop_block_works_on_small_maps_and_never_takes_all_of_one(side):
+    out = DropBlock(0.9)(torch.ones(200, 2, side, side))
     assert out.isfinite().all()
-    assert (out == 0).any()
+    assert (out == 0).any() == (side > 1)
+    assert (out.amax((1, 2, 3)) > 0).all()
 
 
 def test_mix_style_exchanges_statistics_and_nothing_else():
