@@ -5,9 +5,14 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # torch first and alone: a plain `torch` would bring the CUDA build; the constraints pin the rest to what was tested.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "torch==2.13.0"
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+# What the tests need beyond what a run needs.
+$(VENV)/installed: $(VENV)/base
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,text,detection,export,completion]"
 	touch $@
 
@@ -15,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 install: $(VENV)/installed
 
-run: install
+run: $(VENV)/base
 	$(BIN)/python -m repro.run --gin gin/sdtps_rgbnt.gin
 
 test: install
