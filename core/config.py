@@ -727,11 +727,29 @@ def configured(name: str) -> Callable[..., Any]:
 
 
 def operative_text() -> str:
-    """What ran: every parameter of every component that was called, defaults included. Parses back to the same run."""
+    """What ran: every parameter of every component that was called, defaults included. Parses back to the same run.
+
+    All names are in full: gin's own text has the shortest that are unambiguous among the plugins of this run, and other plugins
+    may be installed where it is read.
+    """
     import gin
+    from gin import config as gin_config
 
     text: str = gin.operative_config_str(max_line_length=132)
-    return re.sub(r"^import .*\n", "", text, flags=re.M)
+    lines: list[str] = []
+    heading = ""
+    for statement in config_parser.ConfigParser(re.sub(r"^import .*\n", "", text, flags=re.M), _Delegate()):
+        if not isinstance(statement, config_parser.BindingStatement):
+            continue
+        scope = f"{statement.scope}/" if statement.scope else ""
+        if not statement.arg_name:
+            lines.append(f"{scope}{statement.selector} = {format_value(statement.value)}")
+            continue
+        name = scope + gin_config._REGISTRY.get_match(statement.selector).selector
+        lines += ["", f"# {name}"] if name != heading else []
+        lines.append(f"{name}.{statement.arg_name} = {format_value(statement.value)}")
+        heading = name
+    return "\n".join(lines) + "\n"
 
 
 def unused(config: Config) -> list[str]:

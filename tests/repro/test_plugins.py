@@ -1,16 +1,14 @@
 """Plugins from outside: everything arrives through the entry point, from a wheel too, and what is broken is one line."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from core import config
+from core import config, registry
 
 pytest_plugins = ["installed"]
 CHECKOUT = Path(__file__).parents[2]
@@ -135,8 +133,8 @@ outside.Fit.mixer = @outside.Mixer
 
 
 @pytest.fixture
-def install(tmp_path):
-    """Write packages with entry points to a folder on PYTHONPATH, as pip would; `run` is Python there."""
+def install(tmp_path, command):
+    """Write packages with entry points to a folder on the path, as pip would; `repro` is the command line where they are."""
 
     def write(name, files, *, version="3.4"):
         for file, text in {"__init__.py": INIT.format(name=name), **files}.items():
@@ -148,13 +146,12 @@ def install(tmp_path):
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-dist\nVersion: {version}\n")
         (info / "entry_points.txt").write_text(f"[repro.plugins]\n{name} = {name}\n")
 
-    def run(*argv):
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        return subprocess.run(
-            [sys.executable, *map(str, argv)], capture_output=True, text=True, env=environment, check=False, cwd=tmp_path
-        )
+    def there():  # in the child process
+        sys.path.insert(0, str(tmp_path))
+        for cached in (registry.plugins, registry.index, registry.plugin_problems):
+            cached.cache_clear()
 
-    write.run = run
+    write.repro = lambda *words: command(*map(str, words), before=there, folder=tmp_path)
     return write
 
 
@@ -174,16 +171,16 @@ def outside(install):
 
 
 def test_everything_of_a_plugin_arrives_through_its_entry_point(outside, tmp_path):
-    done = outside.run("-m", "repro", "run", "--gin", "outside:fit.gin", "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+    done = outside.repro("run", "--gin", "outside:fit.gin", "--out", tmp_path / "run")
+    assert done.status == 0, done.err
     profile = json.loads((tmp_path / "run" / "profile.json").read_text())["model"]
     assert profile["macs"] == 1000 * 1 * 5 * 5  # its own formula, and the width of its included file
-    made = outside.run("-m", "repro", "data", "make", "outside-sample", "--root", tmp_path / "made", "--set", "count=3")
-    assert made.returncode == 0, made.stderr
+    made = outside.repro("data", "make", "outside-sample", "--root", tmp_path / "made", "--set", "count=3")
+    assert made.status == 0, made.err
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["0.txt", "1.txt", "2.txt"]
-    checked = outside.run("-m", "repro", "data", "check", "outside-sample-files", "--root", tmp_path / "made")
-    assert checked.returncode == 0
-    assert "files: 3" in checked.stdout
+    checked = outside.repro("data", "check", "outside-sample-files", "--root", tmp_path / "made")
+    assert checked.status == 0
+    assert "files: 3" in checked.out
 
 
 def test_its_golden_adapters_and_claims_are_found(outside, tmp_path):
@@ -196,29 +193,29 @@ def test_its_golden_adapters_and_claims_are_found(outside, tmp_path):
         save_file(
             {"in/x": x, "out/y": y}, tmp_path / "cases" / f"{name}.safetensors", {"meta": json.dumps({"module": "OutsideDouble"})}
         )
-    done = outside.run("-m", "repro", "verify", "outside", "--golden", tmp_path / "cases", "--json", tmp_path / "v.json")
-    assert done.returncode == 1
+    done = outside.repro("verify", "outside", "--golden", tmp_path / "cases", "--json", tmp_path / "v.json")
+    assert done.status == 1
     found = json.loads((tmp_path / "v.json").read_text())
     assert {r["case"]: r["passed"] for r in found["golden"]} == {"right.safetensors": True, "wrong.safetensors": False}
     assert [(r["plugin"], r["id"], r["verdict"]) for r in found["claims"]] == [("outside", "OUT-1", "holds")]
 
 
 def test_list_says_kind_paper_distribution_version_file_and_on_request_time_and_hash(outside, tmp_path):
-    plain = outside.run("-m", "repro.list", "--plugin", "outside")
-    assert plain.returncode == 0
-    (line,) = [row for row in plain.stdout.splitlines() if row.startswith("outside.Mixer ")]
+    plain = outside.repro("list", "--plugin", "outside")
+    assert plain.status == 0
+    (line,) = [row for row in plain.out.splitlines() if row.startswith("outside.Mixer ")]
     assert re.fullmatch(r"outside\.Mixer +module +outside-dist 3\.4 +outside/windows\.py:\d+ +Outside, eq\. 7", line)
-    assert "import" not in plain.stdout
-    imported = outside.run("-m", "repro.list", "--plugin", "outside", "--imports")
-    assert re.search(r"plugin outside +outside-dist 3\.4 .*import \d+\.\d\d s  sha256 [0-9a-f]{12}", imported.stdout)
-    data = json.loads(outside.run("-m", "repro.list", "--plugin", "outside", "--json").stdout)
+    assert "import" not in plain.out
+    imported = outside.repro("list", "--plugin", "outside", "--imports")
+    assert re.search(r"plugin outside +outside-dist 3\.4 .*import \d+\.\d\d s  sha256 [0-9a-f]{12}", imported.out)
+    data = json.loads(outside.repro("list", "--plugin", "outside", "--json").out)
     assert {(c["name"], c["version"]) for c in data["components"]} >= {("outside.Fit", "3.4"), ("outside.outside_sample", "3.4")}
 
 
 def test_a_misspelt_gin_file_of_a_plugin_names_the_nearest(outside):
-    done = outside.run("-m", "repro", "config", "outside:fitt.gin")
-    assert done.returncode == 2
-    assert "nearest: outside:fit.gin" in done.stderr
+    done = outside.repro("config", "outside:fitt.gin")
+    assert done.status == 2
+    assert "nearest: outside:fit.gin" in done.err
 
 
 BROKEN_PARTS = {
@@ -240,25 +237,41 @@ def test_broken_claims_or_golden_modules_are_one_line_each_and_the_others_go_on(
     save_file(
         {"in/x": x, "out/y": 2 * x}, tmp_path / "cases" / "case.safetensors", {"meta": json.dumps({"module": "OutsideDouble"})}
     )
-    golden = outside.run("-m", "repro", "verify", "--golden", tmp_path / "cases")
-    assert golden.returncode == 0, golden.stdout + golden.stderr
-    assert "1 of 1 golden cases agree" in golden.stdout
-    claims = outside.run("-m", "repro", "verify", *BROKEN_PARTS, "outside")
-    assert claims.returncode == 1
-    assert "OUT-1  [HOLDS]" in claims.stdout
+    golden = outside.repro("verify", "--golden", tmp_path / "cases")
+    assert golden.status == 0, golden.out + golden.err
+    assert "1 of 1 golden cases agree" in golden.out
+    claims = outside.repro("verify", *BROKEN_PARTS, "outside")
+    assert claims.status == 1
+    assert "OUT-1  [HOLDS]" in claims.out
     for done in (golden, claims):
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in done.err
         for name, (_, cause) in BROKEN_PARTS.items():
-            (line,) = [row for row in done.stderr.splitlines() if name in row]
+            (line,) = [row for row in done.err.splitlines() if name in row]
             assert cause in line
             assert f"{name}-dist" in line
 
 
-def test_a_golden_module_that_hangs_is_cut_off(install):
+def test_a_golden_module_that_hangs_is_cut_off(install, monkeypatch, tmp_path):
     install("sleeper", {"golden.py": "import time\ntime.sleep(60)\n"})
-    code = "from core import registry\ntry:\n    registry.load_part('sleeper', 'golden', limit_s=0.5)\nexcept registry.PluginError as e:\n    print(e)"
-    done = install.run("-c", code)
-    assert "sleeper.golden: its import took longer than 0.5 s" in done.stdout, done.stderr
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry.plugins.cache_clear()
+    try:
+        with pytest.raises(registry.PluginError, match=r"sleeper-dist.*sleeper\.golden: its import took longer than 0\.3 s"):
+            registry.load_part("sleeper", "golden", limit_s=0.3)
+    finally:
+        registry.plugins.cache_clear()
+
+
+def test_what_ran_can_be_run_again_where_other_plugins_have_the_same_names(outside, tmp_path):
+    """operative.gin names everything in full, so a plugin installed later makes nothing in it ambiguous."""
+    ran = outside.repro("run", "--gin", "outside:fit.gin", "--out", tmp_path / "run", "--no-profile")
+    assert ran.status == 0, ran.err
+    outside("elsewhere", {"windows.py": WINDOWS.replace("outside", "elsewhere")})
+    again = outside.repro("run", "--gin", tmp_path / "run" / "operative.gin", "--out", tmp_path / "again", "--no-profile")
+    assert again.status == 0, again.err
+    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "again" / "operative.gin").read_text() == (tmp_path / "run" / "operative.gin").read_text()
+    assert "\noutside.Fit.width = 5\n" in (tmp_path / "run" / "operative.gin").read_text()
 
 
 # --- from a wheel -----------------------------------------------------------------------------------------------------
