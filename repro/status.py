@@ -2,6 +2,8 @@
 
 repro status SWEEP             one line a run; SWEEP is a folder, a name below RUNS/sweeps, or the beginning of one
 repro status                   every sweep below RUNS
+
+Exit status 1 where a run failed or was lost, else 0.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +68,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--launcher", choices=("local", "slurm"), default="local", help="a queue on this machine, or SLURM (default: local)"
     )
     here.add_argument("--slots", type=int, metavar="N", help="local: runs at a time (default: one a GPU, else by CPUs)")
-    here.add_argument("--threads", type=int, default=1, metavar="N", help="local without GPUs: CPU threads a run (default: 1)")
+    here.add_argument("--threads", type=int, metavar="N", help="local without GPUs: CPU threads a run (default: 1)")
     here.add_argument(
         "--grace", type=float, default=120.0, metavar="S", help="local: how long a run may take to stop (default: 120)"
     )
@@ -121,14 +122,14 @@ def todo(rows: Sequence[sweep.Standing], args: argparse.Namespace) -> list[sweep
 def main(args: argparse.Namespace) -> int:
     if args.first is not None and args.first < 1:
         raise ValueError(f"--first must be at least 1, got {args.first}")
-    for name, other in (("slots", "slurm"), ("cluster", "local"), ("slurm", "local")):
-        if getattr(args, name) and args.launcher == other:
+    for name, other in (("slots", "slurm"), ("threads", "slurm"), ("cluster", "local"), ("slurm", "local")):
+        if getattr(args, name) not in (None, []) and args.launcher == other:
             raise ValueError(f"--{name} has no effect with --launcher {other}")
     asks = profile.read(args.cluster, args.slurm)
     found = request(args)
     rows, remark = sweep.standings(found)
     chosen = todo(rows, args)
-    places = local_queue.slots(args.slots, threads=args.threads) if args.launcher == "local" else []
+    places = local_queue.slots(args.slots, threads=1 if args.threads is None else args.threads) if args.launcher == "local" else []
     if args.dry_run:
         _dry_run(found, rows, chosen, len(places) or asks.parallel)
         return 0
@@ -217,7 +218,7 @@ def _dry_run(found: sweep.Sweep, rows: Sequence[sweep.Standing], chosen: Sequenc
 
 def _local(found: sweep.Sweep, jobs: Sequence[job.Job], places: Sequence[local_queue.Slot], args: argparse.Namespace) -> int:
     gpus = sorted({p.device for p in places if p.device is not None})
-    where = f"GPUs {', '.join(gpus)}" if gpus else f"{args.threads} CPU thread{'s' if args.threads > 1 else ''} a run"
+    where = f"GPUs {', '.join(gpus)}" if gpus else f"{places[0].threads} CPU thread{'s' if places[0].threads > 1 else ''} a run"
     print(f"{len(jobs)} to do in {len(places)} slots ({where}); ^C stops them with checkpoints")
     queue = local_queue.LocalQueue(found.folder, jobs, places, grace_s=args.grace, show=_shower(found, len(jobs)))
     began = time.perf_counter()
@@ -255,7 +256,7 @@ def _shower(found: sweep.Sweep, total: int) -> Callable[[local_queue.LocalQueue]
             if live:
                 steps = [s for s in (record.status(w.job.path) for w in queue.workers.values()) if s is not None and s.steps]
                 state["line"] = queue.summary() + "".join(f"  {s.step}/{s.steps}" for s in steps[:8])
-                sys.stdout.write(f"\r\033[K{state['line']}"[:200])
+                sys.stdout.write(f"\r\033[K{state['line'][: shutil.get_terminal_size().columns - 1]}")
                 sys.stdout.flush()
 
     return show

@@ -145,6 +145,7 @@ class Job:
                 raise RuntimeError("; ".join(problems))
         _drop_stale(place.paths.result_pickle)
         environment = {**os.environ, **self.environment}
+        environment.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         if place.num_tasks > 1:
             environment.update(rendezvous(place, restarts))
         label = f"SLURM job {place.job_id}" + (f" rank {rank}" if rank else "") + (f", requeue {restarts}" if restarts else "")
@@ -208,8 +209,10 @@ class Job:
         elif (free := shutil.disk_usage(self.path).free) < LEAST_DISK_BYTES:
             problems.append(f"only {free / 2**20:.0f} MiB are free in {self.path}; want {LEAST_DISK_BYTES / 2**20:.0f}")
         wanted, given = os.environ.get("SLURM_GPUS_ON_NODE", ""), os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        if wanted.isdigit() and int(wanted) > len([d for d in given.split(",") if d]):
-            problems.append(f"SLURM gave {wanted} GPUs, CUDA_VISIBLE_DEVICES is {given!r}")
+        if wanted.isdigit() and int(wanted) > 0 and not given.strip():
+            problems.append(
+                f"SLURM gave {wanted} GPUs on {socket.gethostname()} and none is visible (CUDA_VISIBLE_DEVICES is {given!r})"
+            )
         if shutil.which("scontrol") is None:
             print("warning: no scontrol on this node: the job cannot requeue itself", file=sys.stderr)
         return problems

@@ -292,7 +292,7 @@ def test_without_an_answer_from_slurm_states_come_from_the_folders(home, straigh
     path = straight.path(straight.runs[0])
     before = (path / job.NOTE).read_bytes()
     job.note(path, launcher="slurm", job="999999_0")
-    told = cli(home, "status", "straight", SLURM_CONF="/nowhere")
+    told = cli(home, "status", "straight", PATH="/nowhere")
     (path / job.NOTE).write_bytes(before)
     assert "2 runs: 2 finished" in told.stdout
     assert "SLURM cannot be asked from here" in told.stdout

@@ -128,7 +128,7 @@ def test_a_second_signal_while_the_first_is_handled_changes_nothing(tmp_path):
         time.sleep(0.01)
         task.signal(signal.SIGUSR2)
         task.signal(signal.SIGTERM)
-    task.wait()
+    assert task.wait().count("Caught signal SIGUSR2") <= 3  # of 21; one may come before the first is at work
     assert task.calls() == ["requeue 77_3"]
 
 
@@ -213,10 +213,11 @@ def test_ranks_get_what_the_process_group_needs(tmp_path):
 
 def test_a_job_that_cannot_work_here_says_so_before_it_starts(tmp_path):
     task = Task(tmp_path, limit=1, restarts=2)
-    task.environment.update(SLURM_GPUS_ON_NODE="2", CUDA_VISIBLE_DEVICES="0")
+    task.environment.update(SLURM_GPUS_ON_NODE="2", CUDA_VISIBLE_DEVICES="")
     said = task.start().wait()
     assert "restarted 2 times, the limit is 1" in said
-    assert "SLURM gave 2 GPUs, CUDA_VISIBLE_DEVICES is '0'" in said
+    assert "SLURM gave 2 GPUs" in said
+    assert "none is visible" in said
     assert not (task.run / "pid").exists()
     assert "restarted 2 times" in read(task.run)["message"]
 
@@ -269,12 +270,14 @@ def test_a_job_is_strings_and_small(tmp_path):
 
 
 def test_notes_of_two_writers_are_both_kept(tmp_path):
-    code = f"from slurm.job import note; from pathlib import Path\nfor i in range(50): note(Path({str(tmp_path)!r}), **{{f'b{{i}}': i}})"
+    code = f"from slurm.job import note; from pathlib import Path\nfor i in range(100): note(Path({str(tmp_path)!r}), **{{f'b{{i}}': i}})"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=HERE)
-    for i in range(50):
-        note(tmp_path, **{f"a{i}": i})
-    assert other.wait() == 0
-    assert len(read(tmp_path)) == 100
+    mine = 0
+    while other.poll() is None:
+        note(tmp_path, **{f"a{mine}": mine})
+        mine += 1
+    assert other.returncode == 0
+    assert len(read(tmp_path)) == mine + 100
 
 
 def test_the_job_folder_is_ours_alone(tmp_path):

@@ -191,7 +191,9 @@ def test_a_second_signal_or_the_end_of_grace_kills_what_does_not_stop(tmp_path, 
     keeper.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     keeper.send_signal(signal.SIGTERM)
+    began = time.monotonic()
     assert json.loads(keeper.communicate(timeout=30)[0]) == {hard.run: -signal.SIGKILL}
+    assert time.monotonic() - began < 10  # not the 20 s of grace
     keeper = control(tmp_path, [timed], grace=0.5)
     wait_for(lambda: record.status(timed.path))
     keeper.send_signal(signal.SIGTERM)
