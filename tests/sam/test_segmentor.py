@@ -124,9 +124,11 @@ def test_released_head_bypasses_sam_when_the_whole_batch_has_no_text():
     assert (model(image, depth, text)[1] - model(image, depth)[1]).abs().max() > 1e-4
 
 
-def test_every_parameter_learns_and_none_is_left_over():
+@pytest.mark.parametrize("share", ["main", "none"])  # with `none`, the two blocks of stage 2 have a SAM each
+def test_every_parameter_learns_and_none_is_left_over(share):
     image, depth, text = inputs()
-    model = tiny().train()
+    model = tiny(sam_share=share).train()
+    assert len(model.encoder_alignment["2"]) == (2 if share == "none" else 1)
     model(image, depth, text).square().sum().backward()
     idle = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or float(p.grad.abs().max()) == 0)]
     assert idle == []

@@ -203,6 +203,7 @@ def test_released_encoder_loses_tokens_behind_a_hole_and_ours_does_not():
     visual, text = inputs([(b, t) for b in range(B) for t in range(T - 1)])  # one token, the last
     assert_close(module("encoder", pad_trim="prefix")(visual, text), visual)
     assert (module("encoder")(visual, text) - visual).abs().max() > 0.01
+    assert torch.equal(module("decoder", pad_trim="prefix")(visual, text), module("decoder")(visual, text))  # it was right there
 
 
 def test_without_text_a_sample_passes_unchanged_and_has_no_gradient_into_the_module():
