@@ -9,7 +9,10 @@ from PIL import Image
 
 from core import optim, record, trainer
 from plugins.sap.augmentation import EvalTransform, TrainTransform
+from plugins.sap.contrastive import DomainSupCon, IntrinsicSupCon
 from plugins.sap.datasets import PACS
+from plugins.sap.domain_classifier import DomainClassifier
+from plugins.sap.domain_encoder import StyleStatDomainEncoder
 from plugins.sap.dual_stream import DualStreamModel
 from plugins.sap.episodes import EpisodePlan
 from plugins.sap.intrinsic_encoder import IntrinsicEncoder
@@ -52,10 +55,24 @@ def task(root: Path, purification=SemanticAnchorPurification, **options):
     )
 
 
-def train(folder: Path, constructor, steps: int = 4, **options):
+def silent_task(root: Path):
+    """Constructor of the task without any noise, on episodes that divide over two processes."""
+    network = partial(
+        DualStreamModel,
+        intrinsic=partial(IntrinsicEncoder, WIDTHS, drop_rate=0.0, mixstyle=0.0),
+        domain=partial(StyleStatDomainEncoder, token_dropout=0.0),
+        classifier=partial(DomainClassifier, dropout=0.0),
+        purification=partial(SemanticAnchorPurification, dropout=0.0),
+        intrinsic_contrast=partial(IntrinsicSupCon, dropout=0.0),
+        domain_contrast=partial(DomainSupCon, dropout=0.0),
+    )
+    return partial(task(root), network=network, plan=partial(EpisodePlan, n_way=3, k_shot=2, n_query=2, episodes=4))
+
+
+def train(folder: Path, constructor, steps: int = 4, writes: bool = True, **options):
     """Train with the project's trainer; returns outcome, model and task."""
     built = []
-    with record.RunFolder(folder, chatty=False) as run:
+    with record.RunFolder(folder, writes=writes, chatty=False) as run:
         outcome = trainer.train(
             run,
             lambda work, model: built.extend([model, work]),
