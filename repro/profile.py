@@ -65,7 +65,8 @@ def main(args: argparse.Namespace) -> int:
     if "compression" in found:
         _compression(Compression.from_dict(found["compression"]))
     if args.json:
-        record.write_json(Path(args.json), found)
+        asked = {"config": config.file, "overrides": list(config.overrides), "effective": config.effective()}
+        record.write_json(Path(args.json), {**asked, **found})
     return 0
 
 

@@ -1,7 +1,8 @@
-"""A fresh virtual environment in which this project is installed from its wheel, and other packages after it.
+"""Plugins as pip installs them: on the path of a child process (`install`), or in a fresh virtual environment (`fresh`).
 
-Torch and the other libraries are not installed again: the environment sees the present one's packages behind its own. What
-is installed with `-e` in the present one (this checkout) is not seen.
+In the fresh environment this project is installed from its wheel, and other packages after it. Torch and the other libraries
+are not installed again: it sees the present environment's packages behind its own, but nothing that is installed there with
+`-e`, such as this checkout.
 """
 
 import importlib.metadata
@@ -11,11 +12,15 @@ import shutil
 import site
 import subprocess
 import sys
+import textwrap
 import venv
 from pathlib import Path
 
 import pytest
 
+from core import registry
+
+INIT = '__plugin__ = "{name}"\n__interface__ = 1\n'
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -72,3 +77,28 @@ def fresh(tmp_path_factory, wheel):
     environment = Environment(tmp_path_factory.mktemp("fresh") / "venv")
     environment.install(wheel)
     return environment
+
+
+@pytest.fixture
+def install(tmp_path, command):
+    """Write packages with entry points to a folder on the path, as pip would; `repro` is the command line where they are."""
+    for name in ("torch.utils.tensorboard", "core.trainer", "repro.show", "rich.table"):
+        importlib.import_module(name)  # once here instead of in every child
+
+    def write(name, files, *, version="3.4"):
+        for file, text in {"__init__.py": INIT.format(name=name), **files}.items():
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(textwrap.dedent(text))
+        info = tmp_path / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-dist\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[repro.plugins]\n{name} = {name}\n")
+
+    def there():  # in the child process
+        sys.path.insert(0, str(tmp_path))
+        for cached in (registry.plugins, registry.index, registry.plugin_problems):
+            cached.cache_clear()
+
+    write.repro = lambda *words: command(*map(str, words), before=there, folder=tmp_path)
+    return write

@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ from core import config, registry
 
 pytest_plugins = ["installed"]
 CHECKOUT = Path(__file__).parents[2]
-INIT = '__plugin__ = "{name}"\n__interface__ = 1\n'
 
 # One of everything that a plugin can bring.
 WINDOWS = '''
@@ -130,29 +127,6 @@ TASK = @outside.Fit
 STEPS = 2
 outside.Fit.mixer = @outside.Mixer
 """
-
-
-@pytest.fixture
-def install(tmp_path, command):
-    """Write packages with entry points to a folder on the path, as pip would; `repro` is the command line where they are."""
-
-    def write(name, files, *, version="3.4"):
-        for file, text in {"__init__.py": INIT.format(name=name), **files}.items():
-            path = tmp_path / name / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(textwrap.dedent(text))
-        info = tmp_path / f"{name}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-dist\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(f"[repro.plugins]\n{name} = {name}\n")
-
-    def there():  # in the child process
-        sys.path.insert(0, str(tmp_path))
-        for cached in (registry.plugins, registry.index, registry.plugin_problems):
-            cached.cache_clear()
-
-    write.repro = lambda *words: command(*map(str, words), before=there, folder=tmp_path)
-    return write
 
 
 @pytest.fixture
