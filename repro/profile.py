@@ -1,7 +1,8 @@
 """FLOPs by operator and module, parameters, activation memory, latency and peak memory of a configured model.
 
     repro profile --gin gin/sdtps_rgbnt.gin                 the model of a config, on this machine
-    repro profile --gin gin/sdtps/rgbnt201.gin --count      count only, without weights or data (meta device)
+    repro profile --gin gin/sdtps/rgbnt201.gin --set ROOT=- --set WEIGHTS=None --count
+                                                            count only, without weights or data (meta device)
 
 Counts are exact multiply-accumulates (MACs); FLOPs are twice that. An operator that multiplies matrices and has no formula is
 an error, not a zero.
