@@ -172,8 +172,12 @@ def _git(*arguments: str) -> str | None:
 
 
 def provenance() -> tuple[dict[str, Any], str]:
-    """Commit and state of the source tree, and the text of its uncommitted changes."""
-    commit = _git("rev-parse", "HEAD")
+    """Commit and state of the source tree, and the text of its uncommitted changes.
+
+    Installed from a wheel, this file may lie inside somebody else's repository, whose commit would say nothing.
+    """
+    ours = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+    commit = _git("rev-parse", "HEAD") if ours else None
     if commit is None:
         return {"commit": None, "clean": None}, ""
     diff = _git("diff", "HEAD") or ""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -280,13 +281,18 @@ def test_the_main_job_runs_from_the_wheel(fresh, sample, tmp_path):
     given = [f"ROOT={sample}", "STEPS=2", "trainer.train.threads=1", "trainer.train.eval_first=False", "sdtps.PKPlan.identities=3"]
     given += ["sdtps.PKPlan.instances=2", *(f"sdtps.CLIPVisionTransformer.{s}" for s in small)]
     settings = [w for s in given for w in ("--set", s)]
+    # The environment lies in a repository of the user's, which is not where the code comes from.
+    for words in (("init", "-q"), ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs")):
+        subprocess.run(["git", "-C", str(fresh.folder.parent), *words], check=True)
     done = fresh.repro("run", "--gin", "gin/sdtps_rgbnt.gin", *settings, "--out", tmp_path / "run", "--no-profile", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["step"] == 2
     assert 0 <= result["metrics"]["mAP[camera]"] <= 1
-    files = json.loads((tmp_path / "run" / "run.json").read_text())["files"]
-    assert all(f.startswith(str(fresh.packages / "repro" / "configs")) for f in files)
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["source"] == {"commit": None, "clean": None}
+    assert info["environment"]["versions"]["ginrepro"] == "0.1.0"
+    assert all(f.startswith(str(fresh.packages / "repro" / "configs")) for f in info["files"])
 
 
 def test_what_an_installed_file_includes_is_installed_too(tmp_path, monkeypatch):
