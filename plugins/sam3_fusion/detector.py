@@ -107,14 +107,16 @@ class Detected(NamedTuple):
         scores: query logits, without presence.
         boxes: (cx, cy, w, h) in parts of the image.
         presence: logits, None without a presence token.
+        queries: number of one-to-one rows, which come first; the rest are one-to-many rows of training.
     """
 
     scores: Float[Tensor, "layers p r"]
     boxes: Float[Tensor, "layers p r 4"]
     presence: Float[Tensor, "layers p"] | None
+    queries: int
 
 
-@register("model", paper="SAM 3 (arXiv:2511.16719), detector without masks, at any size")
+@register("model", paper="SAM 3 (arXiv:2511.16719), detector without masks, at any size", denylist=["text_dim", "side"])
 class PromptedDetector(nn.Module):
     """Detect what a text names, in any number of image-prompt pairs; each image passes the trunk once.
 
@@ -132,7 +134,7 @@ class PromptedDetector(nn.Module):
     def __init__(
         self,
         text_dim: int,
-        side: int = 96,
+        side: int = 64,
         trunk: Callable[..., nn.Module] = ConvTrunk,
         encoder: Callable[..., FusionEncoder] = FusionEncoder,
         decoder: Callable[..., QueryDecoder] = QueryDecoder,
@@ -195,7 +197,7 @@ class PromptedDetector(nn.Module):
         else:
             fused = self.encoder(features[image_of], prompt, pad)
         out = self.decoder(fused.memory, fused.sizes[0], prompt, pad, fused.pos)
-        return Detected(self.scorer(out.hidden, prompt, pad), out.boxes, out.presence)
+        return Detected(self.scorer(out.hidden, prompt, pad), out.boxes, out.presence, self.decoder.queries.shape[0])
 
     def export_parts(self) -> Sequence[Part]:
         """Parts for `core.export`: the image side (trunk and neck), encoder, decoder, scorer."""

@@ -169,7 +169,7 @@ def write_scenes(
 
 
 @register("dataset_maker", paper="generated: coloured shapes asked for by attributes")
-def shapes_sample(root: str, *, seed: int = 0, train: int = 800, test: int = 200, side: int = 96, prompts: int = 8) -> None:
+def shapes_sample(root: str, *, seed: int = 0, train: int = 1000, test: int = 200, side: int = 64, prompts: int = 8) -> None:
     """Make the shapes sample under `root`, or find it there.
 
     Args:
