@@ -99,7 +99,7 @@ def values(text: str) -> list[str]:
     """The values on the right of an `=`.
 
     Raises:
-        GridError: if there is none, one is empty, or one comes twice.
+        GridError: if there is none, or one is empty.
     """
     if not text.strip():
         raise GridError("there is no value")
@@ -108,9 +108,6 @@ def values(text: str) -> list[str]:
         if not part:
             raise GridError(f"{text!r} has an empty value; is there a comma too many?")
         found += _range(part) or [part]
-    twice = [v for i, v in enumerate(found) if v in found[:i]]
-    if twice:
-        raise GridError(f"the value {twice[0]} comes twice")
     return found
 
 
@@ -125,7 +122,7 @@ def axis(text: str) -> Axis:
     """One axis from `NAME=VALUES`, or from several joined by `;` that move together.
 
     Raises:
-        GridError: what does not parse, no values, names twice, or lists of different length.
+        GridError: what does not parse, no values, a name or a point twice, or lists of different length.
     """
     if not text.strip():
         raise GridError("--grid is empty; want NAME=VALUES, e.g. SEED=0..2")
@@ -143,6 +140,9 @@ def axis(text: str) -> Axis:
         said = ", ".join(f"{name} has {n}" for name, n in lengths.items())
         raise GridError(f"--grid {text!r}: what moves together needs equally many values; {said}")
     points = tuple(tuple(zip(columns, row)) for row in zip(*columns.values()))
+    twice = [point for i, point in enumerate(points) if point in points[:i]]
+    if twice:  # within one column of several a value may well come again
+        raise GridError(f"--grid {text!r}: {', '.join(f'{name} = {value}' for name, value in twice[0])} comes twice")
     return Axis(tuple(columns), points)
 
 
