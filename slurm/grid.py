@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 
@@ -140,9 +141,9 @@ def axis(text: str) -> Axis:
         said = ", ".join(f"{name} has {n}" for name, n in lengths.items())
         raise GridError(f"--grid {text!r}: what moves together needs equally many values; {said}")
     points = tuple(tuple(zip(columns, row)) for row in zip(*columns.values()))
-    twice = [point for i, point in enumerate(points) if point in points[:i]]
-    if twice:  # within one column of several a value may well come again
-        raise GridError(f"--grid {text!r}: {', '.join(f'{name} = {value}' for name, value in twice[0])} comes twice")
+    twice = next((point for point, times in Counter(points).items() if times > 1), None)
+    if twice is not None:  # within one column of several a value may well come again
+        raise GridError(f"--grid {text!r}: {', '.join(f'{name} = {value}' for name, value in twice)} comes twice")
     return Axis(tuple(columns), points)
 
 
