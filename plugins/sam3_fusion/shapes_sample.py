@@ -14,7 +14,6 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL
@@ -68,7 +67,7 @@ def _stencil(shape: str, side: int, angle: float) -> Image.Image:
     return mask.resize((side, side), Image.Resampling.BOX)
 
 
-def _ground(rng: np.random.Generator, side: int) -> np.ndarray[Any, Any]:
+def _ground(rng: np.random.Generator, side: int) -> np.ndarray:
     """A dull ground: a gradient between two greys with a tint, and coarse noise."""
     y, x = np.mgrid[0:side, 0:side] / side
     angle = rng.uniform(0, 2 * math.pi)
