@@ -185,6 +185,19 @@ def test_an_array_of_the_main_job_gives_the_table_that_this_machine_gives(tmp_pa
     assert len(sweep.results(found)[1]) == 3
     assert len(sweep.results(found)[0]) > 4
 
+    # One of them again as two tasks, at the same global batch.
+    sleepy_plugin.install(tmp_path / "two" / "plugins")
+    two = cli(tmp_path / "two", "sweep", *argv, "--first", "1", *PLACE, "--slurm", "tasks=2")
+    assert two.returncode == 0, two.stdout + two.stderr
+    both = sweep.find("main", tmp_path / "two" / "runs")
+    wait_for(lambda: states(both)[0] not in sweep.ACTIVE)
+    assert states(both)[0] == "finished", rows(both)[0].message
+    one, other = (record.read_lines(s.path(s.runs[0]) / "metrics.jsonl") for s in (found, both))
+    assert [r["step"] for r in one] == [r["step"] for r in other]
+    for a, b in zip(one, other):
+        assert a.get("loss", 0.0) == pytest.approx(b.get("loss", 0.0), rel=1e-4)
+        assert a.get("eval", {}) == pytest.approx(b.get("eval", {}), abs=1e-3)
+
 
 def test_a_job_that_reaches_its_time_limit_is_requeued_and_ends_with_the_same_bits(home, straight):
     found = start(home, "limit", "--grid", "SEED=0", "--slurm", "time=1", "--slurm", "signal_s=30", pause=0.4)
