@@ -18,6 +18,7 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib
 import importlib.metadata
@@ -233,11 +234,33 @@ def _parameters(node: ast.ClassDef | ast.FunctionDef) -> tuple[tuple[Parameter, 
     return listed, args.kwarg is not None
 
 
-def _scan_file(path: Path, module: str, space: str, plugin: str, distribution: str) -> Iterator[Component]:
+def _scan(path: Path, module: str, space: str, plugin: str, distribution: str) -> tuple[Component, ...]:
+    """Components of a file as it is on the disk now; read once for as long as it stays the same.
+
+    Raises:
+        SyntaxError: if it does not parse.
+    """
+    at = path.stat()
+    return _scanned(path, at.st_mtime_ns, at.st_size, module, space, plugin, distribution)
+
+
+@functools.cache
+def _scanned(
+    path: Path, _changed: int, _size: int, module: str, space: str, plugin: str, distribution: str
+) -> tuple[Component, ...]:
     source = path.read_text(encoding="utf-8", errors="replace")
-    if "register(" not in source:
-        return
-    tree = ast.parse(source, filename=str(path))
+    if plugin == "core" and "register(" not in source:
+        return ()  # of a plugin it is to be known whether it parses
+    collecting = gc.isenabled()
+    gc.disable()  # a syntax tree is many small objects and no garbage: looking through them doubles the time
+    try:
+        return tuple(_components(ast.parse(source, filename=str(path)), path, module, space, plugin, distribution))
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _components(tree: ast.Module, path: Path, module: str, space: str, plugin: str, distribution: str) -> Iterator[Component]:
     classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
     for node in tree.body:
         if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
@@ -289,14 +312,14 @@ def index() -> dict[str, Component]:
     found: dict[str, Component] = {}
     core = Path(__file__).parent
     for path, module in _modules(core, "core"):
-        for component in _scan_file(path, module, module.split(".")[-1], "core", "ginrepro"):
+        for component in _scan(path, module, module.split(".")[-1], "core", "ginrepro"):
             found[component.name] = component
     for plugin in plugins().values():
         if plugin.folder is None:
             continue
         for path, module in _modules(plugin.folder, plugin.package):
             try:
-                for component in _scan_file(path, module, plugin.name, plugin.name, plugin.distribution):
+                for component in _scan(path, module, plugin.name, plugin.name, plugin.distribution):
                     found.setdefault(component.name, component)
             except SyntaxError:
                 continue
@@ -311,9 +334,9 @@ def plugin_problems() -> dict[str, str]:
         if plugin.problem or plugin.folder is None:
             problems[plugin.name] = plugin.problem or "no folder"
             continue
-        for path, _ in _modules(plugin.folder, plugin.package):
+        for path, module in _modules(plugin.folder, plugin.package):
             try:
-                ast.parse(path.read_text(encoding="utf-8", errors="replace"), filename=str(path))
+                _scan(path, module, plugin.name, plugin.name, plugin.distribution)
             except SyntaxError as error:
                 problems[plugin.name] = f"SyntaxError in {path}:{error.lineno}: {error.msg}"
                 break

@@ -74,7 +74,7 @@ class Confusion:
         self.counts: Tensor = torch.zeros(classes, classes, dtype=torch.int64)
 
     def add(self, predicted: Int[Tensor, "..."], labels: Int[Tensor, "..."]) -> None:
-        """Count one or more images; both maps have one shape. Does not wait for the device.
+        """Count one or more images; both maps have one shape.
 
         Raises:
             ValueError: if the shapes differ.
@@ -82,7 +82,7 @@ class Confusion:
         if predicted.shape != labels.shape:
             raise ValueError(f"predictions are {tuple(predicted.shape)}, labels {tuple(labels.shape)}; resize one to the other")
         predicted, labels = predicted.reshape(-1).long(), labels.reshape(-1).long()
-        # A column for what is ignored: no mask, so no wait for its size. Labels out of range are the data set's to refuse.
+        # One more cell for what is ignored. Labels out of range are the data set's to refuse.
         cell = torch.where(labels == self.ignore, self.classes**2, labels * self.classes + predicted)
         found = torch.bincount(cell, minlength=self.classes**2 + 1)[: self.classes**2]
         self.counts = self.counts.to(found.device) + found.view(self.classes, self.classes)

@@ -1,10 +1,12 @@
-"""The main job at a tiny size, run through the real command line in a forked process (torch is imported once)."""
+"""The main job at a tiny size, run through the real command line in child processes that do not import torch again."""
 
-import contextlib
+import multiprocessing
 import os
 import sys
+import traceback
 from pathlib import Path
 
+import cloudpickle
 import pytest
 
 TINY = (
@@ -38,6 +40,34 @@ class Done:
         self.status, self.out, self.err = status, out, err
 
 
+# Children are forked from a server that has imported everything and computed nothing: a process that has already used
+# OpenMP's threads, as this one may have, leaves a child waiting for them for ever.
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(
+    ["torch", "torch.utils.tensorboard", "rich.table", "core.trainer", "core.profile", "repro.run", "repro.show", "repro.cli"]
+)
+
+
+def _child(words, before, folder, environment, out, err):
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    status = 99
+    try:
+        cloudpickle.loads(before)()
+        from repro import cli
+
+        status = cli.main(words)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 @pytest.fixture
 def command(tmp_path):
     """Run `repro WORDS` in a child process; `before` is called there first. Returns status (negative: a signal), out, err."""
@@ -47,26 +77,11 @@ def command(tmp_path):
         nonlocal count
         count += 1
         out, err = tmp_path / f"{count}.out", tmp_path / f"{count}.err"
-        child = os.fork()
-        if child == 0:
-            with contextlib.suppress(BaseException):
-                os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
-                os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-                if folder is not None:
-                    os.chdir(folder)
-                if before is not None:
-                    before()
-                from repro import cli
-
-                status = cli.main(list(words))
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-            os._exit(99)
-        _, status = os.waitpid(child, 0)
-        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        return Done(code, out.read_text(), err.read_text())
+        given = cloudpickle.dumps(before or (lambda: None))
+        child = _server.Process(target=_child, args=(list(words), given, folder or os.getcwd(), dict(os.environ), out, err))
+        child.start()
+        child.join()
+        return Done(child.exitcode, out.read_text(), err.read_text())
 
     return run
 

@@ -82,8 +82,6 @@ def fresh(tmp_path_factory, wheel):
 @pytest.fixture
 def install(tmp_path, command):
     """Write packages with entry points to a folder on the path, as pip would; `repro` is the command line where they are."""
-    for name in ("torch.utils.tensorboard", "core.trainer", "repro.show", "rich.table"):
-        importlib.import_module(name)  # once here instead of in every child
 
     def write(name, files, *, version="3.4"):
         for file, text in {"__init__.py": INIT.format(name=name), **files}.items():
