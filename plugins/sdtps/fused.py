@@ -9,6 +9,7 @@ differentiation of the same formulas:
   tensor for each gather and one more for the predictor.
 * Gathered and normalised tokens are made again in the backward pass instead of stored: gathering is cheaper than touching
   fresh memory, and the step holds an eighth of the activations (1.7 of 13.6 MiB at b = 8: benchmarks/token_selection.py).
+* The gradient of a cosine's tokens is one tensor, not one for the product, one for the length and their sum (`CosineMaps`).
 * What has no parameters runs once for all modalities, and gradients that meet are added by the product that makes the last.
 
 Axes: m modalities, b batch, n tokens, k kept, d dropped, t aggregated, c channels, h hidden. `to_x` is the derivative of the
@@ -85,6 +86,39 @@ def fusable(tensors: Sequence[Tensor], layers: Sequence[nn.Module]) -> bool:
     )  # fmt: skip
 
 
+class CosineMaps(torch.autograd.Function):
+    """Patches (b, n, c) and unit directions (b, g, c) -> cosines (b, g, n), as `attention_maps` has them (eq. 2).
+
+    The gradient of the patches is written once, by one scaling and one product; composed, it is made of three tensors of
+    their size. What is stored has n entries a guide.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, patches: Float[Tensor, "b n c"], directions: Float[Tensor, "b g c"]) -> Float[Tensor, "b g n"]:
+        lengths = torch.linalg.vector_norm(patches, dim=-1, keepdim=True).clamp_min_(1e-12)
+        cosines = torch.bmm(patches, directions.transpose(1, 2)).div_(lengths)
+        ctx.save_for_backward(patches, directions, lengths, cosines)
+        return cosines.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, to_maps: Float[Tensor, "b g n"]) -> tuple[Tensor | None, Tensor | None]:
+        _no_second_derivative()
+        patches, directions, lengths, cosines = ctx.saved_tensors
+        to_products = to_maps.transpose(1, 2) / lengths
+        to_patches = to_directions = None
+        if ctx.needs_input_grad[0]:
+            along = (to_products * cosines).sum(-1, keepdim=True).div_(lengths)
+            to_patches = torch.mul(patches, along.neg_()).baddbmm_(to_products, directions)
+        if ctx.needs_input_grad[1]:
+            to_directions = torch.bmm(to_products.transpose(1, 2), patches)
+        return to_patches, to_directions
+
+
+def _no_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("the fused step has no second derivative; build MultiModalSDTPS with fused = False to get one")
+
+
 class SelectAndAggregate(torch.autograd.Function):
     """Patches of all modalities -> aggregated tokens with the extra token last, and what was kept (eq. 1, 3 and 4).
 
@@ -135,8 +169,7 @@ class SelectAndAggregate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *to_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("the fused step has no second derivative; build MultiModalSDTPS with fused = False to get one")
+        _no_second_derivative()
         settings: Settings = ctx.settings
         m = settings.modalities
         stored, each = ctx.saved_tensors, len(ctx.saved_tensors) // m

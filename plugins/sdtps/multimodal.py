@@ -17,10 +17,11 @@ from typing import Literal, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from core.profile import TokenReport
 from core.registry import register
-from plugins.sdtps.fused import SelectAndAggregate, Settings, fusable
+from plugins.sdtps.fused import CosineMaps, SelectAndAggregate, Settings, fusable
 from plugins.sdtps.token_aggregation import TokenAggregation
 from plugins.sdtps.token_sparse import Selection, Similarity, TokenSparse, attention_maps, require_choice, select
 
@@ -176,7 +177,11 @@ class MultiModalSDTPS(nn.Module):
             maps = {}
             for name in self.modalities:
                 order = [name, *(other for other in self.modalities if other != name)]
-                maps[name] = attention_maps(patches[name], torch.stack([guides[g] for g in order], 1), self.similarity)
+                own = torch.stack([guides[g] for g in order], 1)
+                if self.fused and self.similarity == "cosine" and fusable([patches[name], own], []):
+                    maps[name] = CosineMaps.apply(patches[name], F.normalize(own, dim=-1))
+                else:
+                    maps[name] = attention_maps(patches[name], own, self.similarity)
         return maps
 
     def choose(

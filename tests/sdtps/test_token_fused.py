@@ -208,3 +208,18 @@ def test_steps_back_where_it_may_not_stand():
     assert not fused(own)
     with torch.no_grad():
         assert all(t.grad_fn is None for t in build()(patches, guides).tokens.values())
+
+
+def test_a_token_of_length_zero():
+    """Its direction is undefined; the gradient is what the composed operations make of it, and finite."""
+
+    def setup():
+        module, (patches, guides) = build(attention_no_grad=False), inputs()
+        with torch.no_grad():
+            patches["nir"][0, 3] = 0
+        return module, patches, guides
+
+    (_, fused), (_, composed) = both_ways(setup)
+    assert composed["patches nir"][0, 3].isfinite().all()
+    for name, gradient in composed.items():
+        assert_close(fused[name], gradient, atol=1e-9, rtol=1e-9)

@@ -1,0 +1,135 @@
+"""Fill the table and draw the curves of a study document from its run folders.
+
+    python docs/make_study.py docs/emoji7.md runs/ablation
+
+The document says in a comment what it wants, and what is made goes between two more:
+
+    <!-- study {"metrics": ["accuracy[twitter]"], "baseline": "off", "curves": ["loss/class"], "digits": 3} -->
+    <!-- made --> ... <!-- end -->
+
+Settings are named as the sweep's table names them, or by their gin file; seeds of a setting stand together. `baseline` is the
+setting that every other is compared with by a paired t-test over seeds. Curves go to DOCUMENT.svg: the mean over seeds of what
+`metrics.jsonl` holds, smoothed by a running mean of `smooth` rows, with the range over seeds shaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from repro import gather
+
+_WANT = re.compile(r"<!-- study (\{.*?\}) -->", re.DOTALL)
+_MADE = re.compile(r"<!-- made -->.*?<!-- end -->", re.DOTALL)
+
+
+def labels(places: list[str]) -> dict[str, str]:
+    """Name of the setting of every run that a sweep made, by the run folder's name."""
+    found = {}
+    for place in places:
+        for path in Path(place).rglob("sweeps/*/sweep.json"):
+            sweep = json.loads(path.read_text())
+            for run in sweep["runs"]:
+                cells = [value if name == "preset" else f"{name} = {value}" for name, value in run["cells"] if name != "SEED"]
+                found[run["name"]] = ", ".join(cells) or Path(sweep["gin"].rpartition(":")[2]).stem
+    return found
+
+
+def settings(places: list[str]) -> list[gather.Group]:
+    """The runs by setting, named, those without a name last."""
+    named = labels(places)
+    groups = [
+        gather.Group(named.get(group.runs[0].path.name, group.label), group.differing, group.runs)
+        for group in gather.groups(gather.collect(places))
+    ]
+    order = list(dict.fromkeys(named.values()))
+    return sorted(groups, key=lambda g: order.index(g.label) if g.label in order else len(order))
+
+
+def table(groups: list[gather.Group], want: dict[str, Any]) -> str:
+    """Mean ± standard deviation over seeds of each metric, and p against the baseline for the first one."""
+    metrics, names = want["metrics"], want.get("names", want["metrics"])
+    base = next((g for g in groups if g.label == want.get("baseline")), None)
+    head = ["setting", *names] + (["p, paired"] if base else []) + ["seeds"]
+    rows = [head, ["---"] * len(head)]
+    for group in groups:
+        cells = [gather.spread(group, metric) for metric in metrics]
+        row = [group.label] + [re.sub(r" \(n=\d+\)$", "", cell.text(want.get("digits", 3))) for cell in cells]
+        if base:
+            p = None if group is base else gather.paired(group, base, metrics[0])[0]
+            row.append("–" if p is None else f"{p:.2f}" if p >= 0.01 else f"{p:.0e}")
+        rows.append([*row, str(cells[0].n)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def draw(groups: list[gather.Group], want: dict[str, Any], path: Path) -> None:
+    """One panel a curve, one line a setting."""
+    from matplotlib.figure import Figure
+
+    curves, smooth = want["curves"], want.get("smooth", 1)
+    figure = Figure(figsize=(4.2 * len(curves), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for panel, curve in zip(panels, curves):
+        for group in groups:
+            by_step: dict[int, list[float]] = {}
+            for run in group.runs:
+                points = [(r["step"], found) for r in run.rows if (found := value(r, curve)) is not None]
+                kept = running_mean(np.array([v for _, v in points], dtype=float), smooth)
+                for (step, _), shown in zip(points[len(points) - len(kept) :], kept):
+                    by_step.setdefault(step, []).append(float(shown))
+            if not by_step:
+                continue
+            steps = sorted(by_step)
+            (line,) = panel.plot(steps, [np.mean(by_step[s]) for s in steps], label=group.label, lw=1.5)
+            low, high = ([f(by_step[s]) for s in steps] for f in (min, max))
+            panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+        panel.set_title(curve, fontsize=10)
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.25)
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def value(row: dict[str, Any], name: str) -> float | None:
+    """A finite number of a row of `metrics.jsonl`, evaluations included."""
+    found = row.get(name, (row.get("eval") or {}).get(name))
+    return float(found) if isinstance(found, (int, float)) and np.isfinite(found) else None
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Means of `width` values in a row; shorter by width - 1."""
+    return np.convolve(values, np.ones(width) / width, mode="valid") if len(values) >= width else values[:0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("document", type=Path)
+    parser.add_argument("runs", nargs="+", help="run folders, or folders of them")
+    args = parser.parse_args()
+    text = args.document.read_text(encoding="utf-8")
+    asked = _WANT.search(text)
+    if not asked or not _MADE.search(text):
+        print(f"error: {args.document} has no <!-- study {{…}} --> with <!-- made --> and <!-- end --> after it", file=sys.stderr)
+        return 2
+    want = json.loads(asked[1])
+    groups = settings(args.runs)
+    if not groups:
+        print(f"error: no run folder below {' '.join(args.runs)}", file=sys.stderr)
+        return 2
+    made = table(groups, want)
+    if want.get("curves"):
+        picture = args.document.with_suffix(".svg")
+        draw(groups, want, picture)
+        made += f"\n\n![{', '.join(want['curves'])}]({picture.name})"
+    args.document.write_text(_MADE.sub(lambda _: f"<!-- made -->\n{made}\n<!-- end -->", text), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
