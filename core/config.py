@@ -404,6 +404,10 @@ class Draft:
             raise ConfigError(list(dict.fromkeys(problems)))
         return config
 
+    def required(self) -> list[str]:
+        """Names that the files leave to the user (`= %gin.REQUIRED`)."""
+        return [key for key, b in self.bindings.items() if isinstance(b.value, Macro) and b.value.name == REQUIRED]
+
     def text(self, overrides: Sequence[str] = ()) -> str:
         """The canonical gin text with these overrides, unchecked: a file from which further overrides give the same configs."""
         winning = dict(self.bindings)

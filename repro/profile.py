@@ -1,8 +1,8 @@
 """FLOPs by operator and module, parameters, activation memory, latency and peak memory of a configured model.
 
     repro profile --gin gin/sdtps_rgbnt.gin                 the model of a config, on this machine
-    repro profile --gin gin/sdtps/rgbnt201.gin --set ROOT=- --set WEIGHTS=None --count
-                                                            count only, without weights or data (meta device)
+    repro profile --gin gin/sdtps/rgbnt201.gin --count      count only (meta device): needs no data and no weights, so what the
+                                                            file requires and `--set` does not give is '-'
 
 Counts are exact multiply-accumulates (MACs); FLOPs are twice that. An operator that multiplies matrices and has no formula is
 an error, not a zero.
@@ -49,7 +49,10 @@ def build(config: configs.Config) -> Any:
 def main(args: argparse.Namespace) -> int:
     if args.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
-    config = configs.read(args.gin, args.overrides, allow_imports=args.allow_import)
+    draft = configs.draft(args.gin, allow_imports=args.allow_import)
+    given = {override.partition("=")[0].strip() for override in args.overrides}
+    absent = [f"{name}='-'" for name in draft.required() if args.count and name not in given]
+    config = draft.config([*args.overrides, *absent])
     task = build(config)
     import torch
 

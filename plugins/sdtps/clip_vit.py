@@ -82,7 +82,7 @@ class CLIPVisionTransformer(nn.Module):
         camera_weight: factor on the camera embedding.
         camera_std: of its initialisation (the release: 0.02; its fork later 1e-6).
         camera_unseen: what a camera without an embedding gives: an `error`, or `zero` (no shift).
-        weights: file with pretrained weights (see `load_weights`), read after initialisation.
+        weights: file with pretrained weights (see `load_weights`), read after initialisation (but on the meta device).
 
     Raises:
         ValueError: for sizes that do not fit each other.
@@ -126,7 +126,8 @@ class CLIPVisionTransformer(nn.Module):
         self.norm_post = nn.LayerNorm(width)
         self.projection = nn.Parameter(torch.randn(width, output_dim) * width**-0.5)
         self._initialise()
-        self.report: LoadReport | None = load_weights(self, Path(weights)) if weights is not None else None
+        counted = self.class_token.is_meta  # has no values to load into
+        self.report: LoadReport | None = None if weights is None or counted else load_weights(self, Path(weights))
 
     def _initialise(self) -> None:
         """CLIP's initial scales: what adds to the residual stream is smaller the more layers there are."""
