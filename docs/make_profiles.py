@@ -23,7 +23,7 @@ RECIPES = (
 HEAD = """# What the full recipes compute
 
 Written by `python docs/make_profiles.py`, which runs `repro profile --gin RECIPE --count --json FILE` for each: no data, no weights,
-no timing. One sample in evaluation mode; for SAP one episode. A multiply-accumulate (MAC) is two FLOPs; *with norms* is the figure
+no timing. One sample in evaluation mode; for SAP one image. A multiply-accumulate (MAC) is two FLOPs; *with norms* is the figure
 that fvcore's convention gives (normalisations added). *Unpruned* is the same network without its token module.
 
 | recipe | input | parameters | GMACs | with norms | unpruned | activations | operators counted |
