@@ -35,6 +35,7 @@ from plugins.sam3_fusion.positions import box_positions
 
 BIAS_SCALE = 8.0
 PRESENCE_LIMIT = 10.0
+LOCAL_SLOPE = 8.0  # how fast the bias falls outside the box at the start "local", in logits a unit of distance
 
 
 class Bias(NamedTuple):
@@ -60,6 +61,18 @@ class BoxBias(nn.Module):
         self.kind = kind
         inputs = 4 if kind == "both" else 2
         self.x, self.y = Mlp(inputs, dim, heads), Mlp(inputs, dim, heads)
+
+    @torch.no_grad()
+    def start_local(self) -> None:
+        """Let the first two hidden units of each axis say how far a cell lies outside the box, and each head fall with them."""
+        for mlp in (self.x, self.y):
+            first, last = mlp[0], mlp[1]
+            assert isinstance(first, nn.Linear)
+            assert isinstance(last, nn.Linear)
+            first.weight[:2] = 0
+            first.weight[0, -2], first.weight[1, -1] = -1.0, 1.0  # cells before the lower edge, cells beyond the upper one
+            first.bias[:2] = 0
+            last.weight[:, :2] = -LOCAL_SLOPE
 
     def forward(self, boxes: Float[Tensor, "b r 4"], size: tuple[int, int], presence: bool) -> Bias:
         """The bias of every row; with `presence`, a zero row for the presence token comes first."""
@@ -205,6 +218,8 @@ class QueryDecoder(nn.Module):
         prompt_attention: let rows and presence token attend to the prompt.
         anchor_start: where learned anchors start: "normal" as built (logits from N(0, 1)), or "grid" (centres spread evenly
             over the image, each a quarter of its side), from which small detectors learn much faster.
+        bias_start: where the box bias starts: "xavier" as built (no preference), or "local" (each query looks at its own box;
+            in a few hundred steps a small detector learns its boxes from there and not otherwise).
         one_to_many: in training repeat the queries as one-to-many rows, which skip the self-attention.
         recompute: save memory in training by computing blocks again in the backward pass.
 
@@ -226,6 +241,7 @@ class QueryDecoder(nn.Module):
         presence_clamp: Literal["none", "hard"] = "none",
         prompt_attention: bool = True,
         anchor_start: Literal["normal", "grid"] = "normal",
+        bias_start: Literal["xavier", "local"] = "xavier",
         one_to_many: bool = True,
         recompute: bool = False,
     ):
@@ -238,6 +254,10 @@ class QueryDecoder(nn.Module):
             raise ValueError(f"box_bias must be 'none', 'linear', 'log' or 'both', got {box_bias!r}")
         if anchor_start not in ("normal", "grid"):
             raise ValueError(f"anchor_start must be 'normal' or 'grid', got {anchor_start!r}")
+        if bias_start not in ("xavier", "local"):
+            raise ValueError(f"bias_start must be 'xavier' or 'local', got {bias_start!r}")
+        if bias_start == "local" and box_bias == "none":
+            raise ValueError("bias_start='local' has no effect with box_bias='none'; leave it at 'xavier'")
         if presence_clamp not in ("none", "hard"):
             raise ValueError(f"presence_clamp must be 'none' or 'hard', got {presence_clamp!r}")
         if presence_clamp == "hard" and not presence:
@@ -251,6 +271,8 @@ class QueryDecoder(nn.Module):
         self.box_head.start_at_zero()
         self.box_pos = Mlp(2 * dim, dim, dim)
         self.box_bias = None if box_bias == "none" else BoxBias(dim, heads, box_bias)
+        if self.box_bias is not None and bias_start == "local":
+            self.box_bias.start_local()
         self.presence = Presence(dim, presence_clamp) if presence else None
 
     def forward(

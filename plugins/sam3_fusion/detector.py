@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.export import Part
+from core.layers import TransformerBlock
 from core.registry import register
 from plugins.sam3_fusion.decoder import QueryDecoder
 from plugins.sam3_fusion.export import fusion_parts
@@ -71,6 +72,43 @@ class ConvTrunk(nn.Module):
         return self.stages(image)
 
 
+@register("backbone", paper="ViT (Dosovitskiy et al., ICLR 2021) at the size of SAM 3's image encoder")
+class ViTTrunk(nn.Module):
+    """A plain vision transformer: patches, learned positions, pre-norm blocks with global attention, a last norm.
+
+    SAM 3's encoder of the same depth and width attends within windows in most of its layers and has rotary positions, so its
+    weights do not fit in here and its attention costs less.
+
+    Args:
+        dim: channels of the tokens and of the output.
+        layers: number of blocks.
+        heads: attention heads; divides `dim`.
+        patch: side of a patch in pixels.
+        cells: patches along a side of the image.
+
+    Raises:
+        ValueError: for a number below 1, or images of another size than `cells` patches a side.
+    """
+
+    def __init__(self, dim: int = 1024, layers: int = 32, heads: int = 16, patch: int = 14, cells: int = 72):
+        super().__init__()
+        if min(dim, layers, heads, patch, cells) < 1:
+            raise ValueError(
+                f"dim, layers, heads, patch and cells must be at least 1, got {dim}, {layers}, {heads}, {patch}, {cells}"
+            )
+        self.channels, self.stride, self.cells = dim, patch, cells
+        self.patches = nn.Conv2d(3, dim, patch, stride=patch)
+        self.positions = nn.Parameter(torch.randn(cells * cells, dim) * 0.02)
+        self.blocks = nn.Sequential(*(TransformerBlock(dim, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b c h w"]:
+        if image.shape[-1] != self.cells * self.stride:
+            raise ValueError(f"the trunk reads images of {self.cells * self.stride} pixels a side, got {image.shape[-1]}")
+        x = rearrange(self.patches(image), "b c h w -> b (h w) c") + self.positions
+        return rearrange(self.norm(self.blocks(x)), "b (h w) c -> b c h w", h=self.cells)
+
+
 def with_coordinates(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b more h w"]:
     """Two channels more: x and y of each cell's centre, from -1 to 1."""
     b, _, h, w = x.shape
@@ -108,12 +146,14 @@ class Detected(NamedTuple):
         boxes: (cx, cy, w, h) in parts of the image.
         presence: logits, None without a presence token.
         queries: number of one-to-one rows, which come first; the rest are one-to-many rows of training.
+        cells: logit of each image token that a named thing covers it, None without a cell head.
     """
 
     scores: Float[Tensor, "layers p r"]
     boxes: Float[Tensor, "layers p r 4"]
     presence: Float[Tensor, "layers p"] | None
     queries: int
+    cells: Float[Tensor, "p h w"] | None = None
 
 
 @register("model", paper="SAM 3 (arXiv:2511.16719), detector without masks, at any size", denylist=["text_dim", "side"])
@@ -124,6 +164,9 @@ class PromptedDetector(nn.Module):
         text_dim: width of the text vectors.
         side: side of the square input image in pixels; a multiple of the trunk's stride.
         trunk, encoder, decoder, scorer: constructors of the parts. Encoder, decoder and scorer share one width.
+        cell_head: have a linear head on the fused image tokens that says which of them a named thing covers: what SAM3's
+            semantic head does on a finer grid. Detection does not use it; a small detector that starts from nothing learns
+            to compare image and prompt many times faster when every token is told (see `DetectionLoss.cell_weight`).
 
     Raises:
         ValueError: if widths differ or `side` does not fit the trunk.
@@ -139,6 +182,7 @@ class PromptedDetector(nn.Module):
         encoder: Callable[..., FusionEncoder] = FusionEncoder,
         decoder: Callable[..., QueryDecoder] = QueryDecoder,
         scorer: Callable[..., PromptScorer] = PromptScorer,
+        cell_head: bool = False,
     ):
         super().__init__()
         self.trunk = trunk()
@@ -152,6 +196,7 @@ class PromptedDetector(nn.Module):
         self.side, self.text_dim = side, text_dim
         self.neck = nn.Conv2d(self.trunk.channels + 2, dim, 1)
         self.prompt = PromptTokens(text_dim, dim)
+        self.cell_head = nn.Linear(dim, 1) if cell_head else None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -197,7 +242,10 @@ class PromptedDetector(nn.Module):
         else:
             fused = self.encoder(features[image_of], prompt, pad)
         out = self.decoder(fused.memory, fused.sizes[0], prompt, pad, fused.pos)
-        return Detected(self.scorer(out.hidden, prompt, pad), out.boxes, out.presence, self.decoder.queries.shape[0])
+        cells = None
+        if self.cell_head is not None:
+            cells = rearrange(self.cell_head(fused.memory), "p (h w) 1 -> p h w", h=fused.sizes[0][0])
+        return Detected(self.scorer(out.hidden, prompt, pad), out.boxes, out.presence, self.decoder.queries.shape[0], cells)
 
     def export_parts(self) -> Sequence[Part]:
         """Parts for `core.export`: the image side (trunk and neck), encoder, decoder, scorer."""

@@ -64,6 +64,16 @@ def presence_loss(presence: Float[Tensor, "layers p"], seen: Bool[Tensor, " p"])
     return 0.5 * F.binary_cross_entropy_with_logits(presence, aim, reduction="none").mean(dim=1).sum()
 
 
+def covered(targets: Float[Tensor, "p m 4"], valid: Bool[Tensor, "p m"], size: tuple[int, int]) -> Bool[Tensor, "p h w"]:
+    """Whether the centre of a cell lies in a target of the pair."""
+    edges = rearrange(corners(targets), "p m four -> four p m 1 1")
+    down = (torch.arange(size[0], device=targets.device) + 0.5) / size[0]
+    across = (torch.arange(size[1], device=targets.device) + 0.5) / size[1]
+    y, x = rearrange(down, "h -> h 1"), rearrange(across, "w -> 1 w")
+    inside = (x > edges[0]) & (x < edges[2]) & (y > edges[1]) & (y < edges[3])
+    return (inside & rearrange(valid, "p m -> p m 1 1")).any(dim=1)
+
+
 @register("loss", paper="SAM 3 (arXiv:2511.16719); release configuration of detector training")
 class DetectionLoss:
     """All loss terms, weighted. Layers add up; the one-to-many rows come again with their own weight.
@@ -74,6 +84,8 @@ class DetectionLoss:
         matcher, many_matcher: constructors.
         box_weight, giou_weight, query_weight, presence_weight: of the terms.
         many_weight: of all terms of the one-to-many rows.
+        cell_weight: of the binary cross-entropy of the detector's cell head, mean over cells and pairs, absent ones too.
+            0 as built, where a mask head learns from masks instead.
         alpha, gamma, positive_weight: of the query term (see `query_loss`).
         least_rows: the query term divides by at least so many rows; 200 as built, whatever the number of queries.
         prompt_scale: multiply everything by √(number of pairs), as built.
@@ -91,6 +103,7 @@ class DetectionLoss:
         query_weight: float = 20.0,
         presence_weight: float = 20.0,
         many_weight: float = 2.0,
+        cell_weight: float = 0.0,
         alpha: float = 0.25,
         gamma: float = 2.0,
         positive_weight: float = 10.0,
@@ -99,13 +112,13 @@ class DetectionLoss:
     ):
         for name, value in (
             ("box_weight", box_weight), ("giou_weight", giou_weight), ("query_weight", query_weight),
-            ("presence_weight", presence_weight), ("many_weight", many_weight), ("least_rows", least_rows),
+            ("presence_weight", presence_weight), ("many_weight", many_weight), ("cell_weight", cell_weight), ("least_rows", least_rows),
         ):  # fmt: skip
             if value < 0:
                 raise ValueError(f"{name} must be 0 or more, got {value}")
         self.matcher, self.many_matcher = matcher(), many_matcher()
         self.box_weight, self.giou_weight, self.query_weight = box_weight, giou_weight, query_weight
-        self.presence_weight, self.many_weight = presence_weight, many_weight
+        self.presence_weight, self.many_weight, self.cell_weight = presence_weight, many_weight, cell_weight
         self.alpha, self.gamma, self.positive_weight = alpha, gamma, positive_weight
         self.least_rows, self.prompt_scale = least_rows, prompt_scale
 
@@ -117,8 +130,9 @@ class DetectionLoss:
         queries: int,
         targets: Float[Tensor, "p m 4"],
         valid: Bool[Tensor, "p m"],
+        cells: Float[Tensor, "p h w"] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """Terms box, giou, query, presence, and with one-to-many rows many_box, many_giou, many_query.
+        """Terms box, giou, query, presence, cells, and with one-to-many rows many_box, many_giou, many_query.
 
         Args:
             scores: query logits, without presence.
@@ -127,7 +141,14 @@ class DetectionLoss:
             queries: number of one-to-one rows, which come first.
             targets: boxes in parts of the image.
             valid: True where a target is one.
+            cells: logits of the cell head; None drops the term.
+
+        Raises:
+            ValueError: if there are cell logits and no weight for them, or a weight and no logits.
         """
+        if (cells is None) != (self.cell_weight == 0):
+            have = "no" if cells is None else "a"
+            raise ValueError(f"cell_weight is {self.cell_weight:g} and the detector has {have} cell head; set both or neither")
         total = distributed.gather(valid.sum().float().reshape(1)).sum() / distributed.world()
         count = total.clamp(min=1)
         scale = scores.shape[1] ** 0.5 if self.prompt_scale else 1.0
@@ -144,6 +165,9 @@ class DetectionLoss:
                 losses[prefix + name] = weight * value
         if presence is not None:
             losses["presence"] = scale * self.presence_weight * presence_loss(presence, valid.any(dim=1))
+        if cells is not None:
+            aim = covered(targets, valid, (cells.shape[1], cells.shape[2])).to(cells.dtype)
+            losses["cells"] = scale * self.cell_weight * F.binary_cross_entropy_with_logits(cells, aim)
         return losses
 
     def _terms(

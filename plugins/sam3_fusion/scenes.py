@@ -12,6 +12,7 @@ prompts mean stands under both.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections import Counter
@@ -178,6 +179,13 @@ class PromptedScenes:
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    def part(self, first: int, last: int) -> PromptedScenes:
+        """The same of images `first` up to `last` alone."""
+        other = copy.copy(self)
+        other.scenes = self.scenes[first:last]
+        other._cache = None if self._cache is None else {}
+        return other
 
     def pixels(self, index: int) -> Any:
         """The squashed picture, uint8 (h, w, 3)."""

@@ -67,7 +67,7 @@ def _stencil(shape: str, side: int, angle: float) -> Image.Image:
     return mask.resize((side, side), Image.Resampling.BOX)
 
 
-def _ground(rng: np.random.Generator, side: int) -> np.ndarray:
+def ground(rng: np.random.Generator, side: int) -> np.ndarray:
     """A dull ground: a gradient between two greys with a tint, and coarse noise."""
     y, x = np.mgrid[0:side, 0:side] / side
     angle = rng.uniform(0, 2 * math.pi)
@@ -80,7 +80,7 @@ def _ground(rng: np.random.Generator, side: int) -> np.ndarray:
 
 def draw_scene(rng: np.random.Generator, side: int) -> tuple[Image.Image, list[tuple[str, str, list[float]]]]:
     """A picture, and (colour, shape, box) of everything in it, from back to front."""
-    canvas = _ground(rng, side)
+    canvas = ground(rng, side)
     things: list[tuple[str, str, list[float]]] = []
     for _ in range(int(rng.integers(2, 5))):
         colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
@@ -93,7 +93,7 @@ def draw_scene(rng: np.random.Generator, side: int) -> tuple[Image.Image, list[t
             mask = np.asarray(_stencil(shape, extent, rng.uniform(-0.35, 0.35)), np.float32) / 255
             ys, xs = np.nonzero(mask > 0.5)
             box = [float(left + xs.min()), float(top + ys.min()), float(left + xs.max() + 1), float(top + ys.max() + 1)]
-            if all(_shared(box, other[2]) <= OVERLAP for other in things):
+            if all(shared(box, other[2]) <= OVERLAP for other in things):
                 paint = np.array(COLOURS[colour]) * rng.uniform(0.82, 1.12) + rng.normal(0, 7, 3)
                 shade = 1 + rng.uniform(-0.18, 0.18) * np.linspace(-1, 1, extent)[:, None, None]
                 patch = canvas[top : top + extent, left : left + extent]
@@ -104,7 +104,8 @@ def draw_scene(rng: np.random.Generator, side: int) -> tuple[Image.Image, list[t
     return Image.fromarray(np.clip(canvas, 0, 255).round().astype(np.uint8)), things
 
 
-def _shared(a: list[float], b: list[float]) -> float:
+def shared(a: list[float], b: list[float]) -> float:
+    """Overlap of two boxes over the smaller one's area."""
     w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     smaller = min((x[2] - x[0]) * (x[3] - x[1]) for x in (a, b))
     return max(w, 0) * max(h, 0) / smaller

@@ -11,11 +11,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from core.checkpoint import read_weights
 from core.data import Shuffled, Stream, to_device
 from core.registry import register
 from core.task import DataCard, StepResult, Table, Task
 from core.text import HashedText, TextEncoder
-from plugins.sam3_fusion import reading
+from plugins.sam3_fusion import keys, reading
 from plugins.sam3_fusion.detector import PromptedDetector
 from plugins.sam3_fusion.losses import DetectionLoss
 from plugins.sam3_fusion.processor import Processor
@@ -57,7 +58,11 @@ class PromptedDetection(Task):
         text: the text encoder's constructor; frozen, on the CPU.
         loss: constructor of the loss terms.
         processor: threshold and use of presence in evaluation.
+        fusion_weights: a checkpoint in the release's, the Hugging Face port's or our naming, whose encoder, decoder and scorer the
+            model starts from. They must fit strictly; everything else in the file is left alone.
+        trunk_lr_scale: learning rate of the trunk over that of the rest.
         side: side of the squared image, in pixels.
+        profile_tokens: prompt tokens of a profiled forward pass.
         batch: images a step.
         prompts: prompts an image and step, half of them absent.
         flip: mirror training images at random.
@@ -78,7 +83,10 @@ class PromptedDetection(Task):
         text: Callable[..., TextEncoder] = HashedText,
         loss: Callable[..., Any] = DetectionLoss,
         processor: Callable[..., Processor] = Processor,
+        fusion_weights: str | None = None,
+        trunk_lr_scale: float = 1.0,
         side: int = 64,
+        profile_tokens: int = 4,
         batch: int = 16,
         prompts: int = 4,
         flip: bool = True,
@@ -87,11 +95,18 @@ class PromptedDetection(Task):
         train_split: str = "train",
         test_split: str = "test",
     ):
-        for name, value in (("side", side), ("batch", batch), ("prompts", prompts), ("eval_batch", eval_batch)):
+        for name, value in (
+            ("side", side),
+            ("batch", batch),
+            ("profile_tokens", profile_tokens),
+            ("prompts", prompts),
+            ("eval_batch", eval_batch),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.root, self.sample, self.detector = root, sample, detector
         self.texts, self.criterion, self.processor = TextTable(text()), loss(), processor()
+        self.fusion_weights, self.trunk_lr_scale, self.profile_tokens = fusion_weights, trunk_lr_scale, profile_tokens
         self.side, self.batch, self.prompts, self.flip = side, batch, prompts, flip
         self.eval_batch, self.workers = eval_batch, workers
         self.train_split, self.test_split = train_split, test_split
@@ -125,11 +140,20 @@ class PromptedDetection(Task):
     # --- model and losses
 
     def model(self) -> nn.Module:
+        model = self.blueprint()
+        if self.fusion_weights is not None:
+            keys.read(model, read_weights(Path(self.fusion_weights)))
+        return model
+
+    def blueprint(self) -> nn.Module:
         return self.detector(text_dim=self.texts.encoder.dim, side=self.side)
+
+    def parameter_rules(self) -> Sequence[tuple[str, Mapping[str, float]]]:
+        return ((r"^trunk\.", {"lr_scale": self.trunk_lr_scale}),) if self.trunk_lr_scale != 1 else ()
 
     def losses(self, model: nn.Module, batch: Any, step: int) -> StepResult:
         out = model(batch["image"], batch["tokens"], batch["pad"], batch["image_of"])
-        losses = self.criterion(out.scores, out.boxes, out.presence, out.queries, batch["boxes"], batch["valid"])
+        losses = self.criterion(out.scores, out.boxes, out.presence, out.queries, batch["boxes"], batch["valid"], out.cells)
         monitors = {}
         if out.presence is not None:
             seen = batch["valid"].any(dim=1)
@@ -173,8 +197,13 @@ class PromptedDetection(Task):
     # --- for the profiler
 
     def profile_inputs(self, batch: int = 1) -> tuple[Any, ...]:
-        vectors, real = self.texts(["red circle"] * batch)
-        return torch.rand(batch, 3, self.side, self.side), vectors, ~real, torch.arange(batch)
+        tokens = torch.rand(batch, self.profile_tokens, self.texts.encoder.dim)
+        return (
+            torch.rand(batch, 3, self.side, self.side),
+            tokens,
+            torch.zeros(tokens.shape[:2], dtype=torch.bool),
+            torch.arange(batch),
+        )
 
 
 def draw(

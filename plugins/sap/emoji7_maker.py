@@ -23,23 +23,10 @@ from typing import Any, Literal
 from PIL import Image
 
 from core import npm
+from core.emoji import RIGHTS, SHA256, SIZE, VERSION, package
 from core.registry import register
 from plugins.sap.datasets import MANIFEST, Emoji7, LayoutError
 
-VERSION = "16.0.0"
-SIZE = 64
-SHA256 = {  # of the archives as published
-    "apple": "b34d1665e136f163b0d4433318df151895b785186e8c729b2211b43017945075",
-    "google": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-    "twitter": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-    "facebook": "017038cf5a4e7fcf03dd9133cbed43d4c281c4b3ce7b927c7160261b92b8821e",
-}
-RIGHTS = {
-    "apple": "(c) Apple, no commercial use",
-    "google": "Noto Emoji, Apache-2.0",
-    "twitter": "Twemoji, CC BY 4.0",
-    "facebook": "(c) Facebook, unclear",
-}
 STATEMENT = "Images of four vendors from emoji-datasource 16.0.0, for research on this machine; do not redistribute them."
 BACKGROUNDS = {"white": (255, 255, 255), "grey": (128, 128, 128), "imagenet_mean": (124, 116, 104)}
 
@@ -174,7 +161,7 @@ def emoji7(root: str, background: Literal["white", "grey", "imagenet_mean"] = "w
         chosen: dict[str, dict[str, str]] | None = None
         facts = {}
         for vendor in Emoji7.domains:  # one at a time: an archive has 60 to 100 MB
-            name = f"emoji-datasource-{vendor}"
+            name = package(vendor)
             with npm.packages({name: VERSION}, {name: SHA256[vendor]}) as fetched:
                 chosen = write_vendor(made, vendor, fetched[name], background, chosen)
                 facts[vendor] = {**fetched[name].facts(), "rights": RIGHTS[vendor]}
