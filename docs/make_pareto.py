@@ -37,7 +37,7 @@ place, with the same number of tokens left. Written by `python docs/make_pareto.
 Generated sample, 120 steps; mAP is mean ± standard deviation over seeds (their number in brackets). GMACs are those of the whole network for one
 sample of three spectra. Latency: {batch} samples, one thread of {device}, median of {repeats} forwards, all models in one process.
 
-![mAP against GMACs and against latency](pareto.svg)
+![mAP against GMACs and against latency](pareto.png)
 
 | tokens | kept share | tokens in blocks 2 to 4 | mAP (camera) | GMACs | of all | latency (ms) | of all |
 |---|---|---|---|---|---|---|---|
@@ -116,7 +116,7 @@ def draw(points: list[dict[str, Any]], whole: dict[str, Any]) -> None:
         panel.grid(alpha=0.25)
     panels[0].set_ylabel(METRIC)
     panels[0].legend(fontsize=8)
-    figure.savefig(PAGE.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(PAGE.with_suffix(".png"), dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":

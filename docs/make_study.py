@@ -8,7 +8,7 @@ The document says in a comment what it wants, and what is made goes between two 
     <!-- made --> ... <!-- end -->
 
 Settings are named as the sweep's table names them, or by their gin file; seeds of a setting stand together. `baseline` is the
-setting that every other is compared with by a paired t-test over seeds. Curves go to DOCUMENT.svg: the mean over seeds of what
+setting that every other is compared with by a paired t-test over seeds. Curves go to DOCUMENT.png: the mean over seeds of what
 `metrics.jsonl` holds, smoothed by a running mean of `smooth` rows, with the range over seeds shaded.
 """
 
@@ -93,7 +93,7 @@ def draw(groups: list[gather.Group], want: dict[str, Any], path: Path) -> None:
         panel.set_xlabel("step")
         panel.grid(alpha=0.25)
     panels[0].legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def value(row: dict[str, Any], name: str) -> float | None:
@@ -124,7 +124,7 @@ def main() -> int:
         return 2
     made = table(groups, want)
     if want.get("curves"):
-        picture = args.document.with_suffix(".svg")
+        picture = args.document.with_suffix(".png")
         draw(groups, want, picture)
         made += f"\n\n![{', '.join(want['curves'])}]({picture.name})"
     args.document.write_text(_MADE.sub(lambda _: f"<!-- made -->\n{made}\n<!-- end -->", text), encoding="utf-8")
