@@ -50,6 +50,7 @@ def expected_errors() -> tuple[type[BaseException], ...]:
     found: list[type[BaseException]] = [ValueError, OSError, FloatingPointError]
     for module, name in (
         ("core.config", "ConfigError"), ("core.registry", "PluginError"), ("core.record", "RunBusy"), ("core.checkpoint", "CheckpointError"),
+        ("core.export", "ExportError"),
     ):  # fmt: skip
         if module in sys.modules:
             found.append(getattr(sys.modules[module], name))

@@ -41,7 +41,7 @@ def _finite(**named: NDArray[np.float64]) -> None:
             raise ValueError(f"{name} must be finite and hold at least one value, got {len(values)}")
 
 
-def mean_match(student: Logits, teacher: Logits) -> Affine:
+def mean_match(student: Logits, teacher: Float[np.ndarray, " m"]) -> Affine:
     """Shift to the teacher's mean. No labels: pairs of image and prompt that both have judged, or two samples of such.
 
     Raises:
@@ -51,7 +51,7 @@ def mean_match(student: Logits, teacher: Logits) -> Affine:
     return Affine(1.0, float(np.mean(teacher) - np.mean(student)))
 
 
-def moment_match(student: Logits, teacher: Logits) -> Affine:
+def moment_match(student: Logits, teacher: Float[np.ndarray, " m"]) -> Affine:
     """Mean and standard deviation of the teacher. No labels. A student without spread is only shifted.
 
     Raises:
@@ -64,7 +64,7 @@ def moment_match(student: Logits, teacher: Logits) -> Affine:
     return Affine(scale, float(np.mean(teacher) - scale * np.mean(student)))
 
 
-def regression(student: Logits, teacher: Logits) -> Affine:
+def regression(student: Logits, teacher: Float[np.ndarray, " m"]) -> Affine:
     """Least squares of the teacher's logits on the student's, pair by pair. No labels.
 
     Raises:
@@ -80,7 +80,7 @@ def regression(student: Logits, teacher: Logits) -> Affine:
     return Affine(scale, float(teacher.mean() - scale * student.mean()))
 
 
-def platt(z: Logits, present: Bool[np.ndarray, " n"], ridge: float = 0.0) -> Affine:
+def platt(z: Logits, present: Bool[np.ndarray, " m"], ridge: float = 0.0) -> Affine:
     """Platt's scaling: the (a, b) of least cross-entropy of σ(a·z + b), by Newton's method with halved steps.
 
     Targets are his, (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2), so that separable logits have a finite optimum.
@@ -128,7 +128,7 @@ def platt(z: Logits, present: Bool[np.ndarray, " n"], ridge: float = 0.0) -> Aff
     return Affine(float(w[0]), float(w[1]))
 
 
-def offset(z: Logits, present: Bool[np.ndarray, " n"]) -> Affine:
+def offset(z: Logits, present: Bool[np.ndarray, " m"]) -> Affine:
     """The shift of least cross-entropy, with Platt's targets: one parameter, slope 1. By halving an interval.
 
     Raises:
@@ -148,7 +148,7 @@ def offset(z: Logits, present: Bool[np.ndarray, " n"]) -> Affine:
     return Affine(1.0, (low + high) / 2)
 
 
-def discriminant(z: Logits, present: Bool[np.ndarray, " n"], prior: float = 0.5) -> Affine:
+def discriminant(z: Logits, present: Bool[np.ndarray, " m"], prior: float = 0.5) -> Affine:
     """Linear discriminant: the log-odds of two normal distributions of one variance.
 
     Args:

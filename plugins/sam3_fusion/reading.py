@@ -39,7 +39,7 @@ class Reading:
     scores: NDArray[np.float64]
     presence: NDArray[np.float64]
     truth: list[NDArray[np.float64]]
-    kinds: NDArray[np.str_]
+    kinds: NDArray[Any]
 
     @property
     def present(self) -> NDArray[np.bool_]:
