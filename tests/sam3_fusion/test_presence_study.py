@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-
 from core import config as configs
 from core.text import HashedText
 from plugins.sam3_fusion import shapes_sample
@@ -149,10 +148,15 @@ def made_up(**fixes):
 def test_the_recommendation_is_the_cheapest_of_the_best():
     said = recommendation(made_up(none=(10, 0, 0), platt=(40.2, 32, 2), moment=(39.5, 0, 2), distil=(40.4, 0, 900)), "matched")
     assert said.startswith("Recommended: moment match. cgF1 39.5 (unrepaired 10.0)")
-    assert "Within 1 point of the best, distillation (40.4)" in said
+    assert "Within 2 points of the best, distillation (40.4)" in said
     said = recommendation(made_up(none=(10, 0, 0), platt=(40.2, 32, 2), moment=(30, 0, 2)), "matched")
     assert said.startswith("Recommended: Platt.")
-    assert "Best without labels: moment match (30.0)" in said
+    loud = made_up(none=(10, 0, 0), offset=(60, 0, 0), moment=(30, 0, 2)) | {
+        "matched/fix/offset/false": 0.3,
+        "teacher/fix/none/false": 0.2,
+    }
+    assert recommendation(loud, "matched").startswith("Recommended: moment match.")
+    assert "Left out for false positives above 0.250: constant offset." in recommendation(loud, "matched")
     said = recommendation(made_up(none=(40, 0, 0), skip=(12, 0, 0), moment=(40.5, 0, 2)), "matched")
     assert said.startswith("Recommended: none.")
     assert fix_rows({}, "matched") == []

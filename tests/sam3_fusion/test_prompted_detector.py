@@ -95,7 +95,7 @@ def test_boxes_out_of_range_are_clamped_or_refused_and_never_nan():
 
 def test_more_queries_than_trained_is_a_clear_error_or_a_widening():
     small, large = build(queries=5), build(queries=8)
-    with pytest.raises(keys.KeysDiffer, match="of another shape: decoder.queries"):
+    with pytest.raises(keys.KeysDiffer, match=r"of another shape: decoder\.queries"):
         keys.read(large, small.state_dict())
     grown = keys.more_queries(small.state_dict(), 8)
     large.load_state_dict(grown)
@@ -109,7 +109,7 @@ def test_a_released_checkpoint_with_missing_weights_names_them(tmp_path):
     theirs = keys.OriginalKeys().to_reference({k: v for k, v in net.state_dict().items() if k.startswith(keys.PARTS)})
     gone = "transformer.decoder.presence_token.weight"
     state = {f"detector.{k}": v for k, v in theirs.items() if k != gone}
-    with pytest.raises(keys.KeysDiffer, match="1 missing: decoder.presence.token"):
+    with pytest.raises(keys.KeysDiffer, match=r"1 missing: decoder\.presence\.token"):
         keys.read(build(), {"model": state})
     torch.save({"model": {f"detector.{k}": v for k, v in theirs.items()}}, tmp_path / "sam3.pt")
     task = PromptedDetection(
