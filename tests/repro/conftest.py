@@ -44,7 +44,10 @@ class Done:
 # OpenMP's threads, as this one may have, leaves a child waiting for them for ever.
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["torch", "torch.utils.tensorboard", "rich.table", "core.trainer", "core.profile", "repro.run", "repro.show", "repro.cli"]
+    [
+        *("torch", "torch.utils.tensorboard", "rich.table", "PIL.Image", "einops", "jaxtyping", "scipy.ndimage"),
+        *("core.trainer", "core.profile", "repro.run", "repro.show", "repro.cli"),
+    ]
 )
 
 
