@@ -106,8 +106,8 @@ def measure(reading: Reading, processor: Processor) -> dict[str, float]:
         "AP": precision.ap,
         "AP50": precision.at(0.5),
         "recall": float(true[0]) / truths if truths else math.nan,
-        "false positives": _mean(any_found[~present]),
-        "false positives, hard": _mean(any_found[reading.kinds == "hard"]),
+        "false positives": mean(any_found[~present]),
+        "false positives, hard": mean(any_found[reading.kinds == "hard"]),
         "pmF1": 100 * f1,
     }
     if not np.isfinite(reading.presence).all():
@@ -120,11 +120,12 @@ def measure(reading: Reading, processor: Processor) -> dict[str, float]:
         "presence NLL": detection.log_loss(z, present),
         "presence ECE": detection.calibration_error(1 / (1 + np.exp(-np.clip(z, -60, 60))), present),
         "presence MCC": decided,
-        "presence logit, present": _mean(z[present]),
-        "presence logit, absent": _mean(z[~present]),
+        "presence logit, present": mean(z[present]),
+        "presence logit, absent": mean(z[~present]),
         "cgF1": 100 * decided * f1,
     }
 
 
-def _mean(values: NDArray[Any]) -> float:
+def mean(values: NDArray[Any]) -> float:
+    """The mean, NaN of nothing."""
     return float(values.mean()) if len(values) else math.nan

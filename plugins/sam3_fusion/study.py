@@ -257,7 +257,7 @@ class PresenceStudy(Task):
         z, kinds = said.presence, said.kinds
         best = said.scores.max(axis=1)[said.present]
         return {
-            "z present": float(z[said.present].mean()), "z absent": float(z[kinds == "absent"].mean()), "z hard": float(z[kinds == "hard"].mean()),
+            "z present": reading.mean(z[said.present]), "z absent": reading.mean(z[kinds == "absent"]), "z hard": reading.mean(z[kinds == "hard"]),
             "log presence": float(-np.logaddexp(0, -z[said.present]).mean()), "log query": float(-np.logaddexp(0, -best).mean()),
         }  # fmt: skip
 
