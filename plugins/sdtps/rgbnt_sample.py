@@ -19,10 +19,6 @@ manifest states.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +27,9 @@ import PIL
 import scipy
 from PIL import Image
 
-from core import data
+from core import data, samples
 from core.registry import register
-from plugins.sdtps.datasets import MANIFEST, RGBNT201, LayoutError
+from plugins.sdtps.datasets import MANIFEST, RGBNT201
 from plugins.sdtps.pedestrians import CAMERAS, background, persons, render
 
 VERSION = 1  # of what is drawn: another number means other images from the same seed
@@ -70,20 +66,6 @@ def _write(root: Path, seed: int, options: dict[str, Any]) -> None:
                         file = root / folder / spectrum / f"{first + i:06d}_cam{number + 1}_0_{shot:02d}.jpg"
                         Image.fromarray(view).save(file, quality=QUALITY)
         first += count
-
-
-def read_manifest(root: str | Path) -> dict[str, Any] | None:
-    """What a generated sample says of itself, or None where the folder has no manifest."""
-    path = Path(root) / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LayoutError(f"{path} is not readable ({error}); remove the folder and make the sample again") from error
-    if not isinstance(manifest, dict) or manifest.get("generated") is not True:
-        raise LayoutError(f"{path} is not the manifest of a generated sample")
-    return manifest
 
 
 @register("dataset_maker", paper="layout of RGBNT201 (Zheng et al., AAAI 2021); images are generated")
@@ -135,69 +117,28 @@ def rgbnt_sample(
         )
     if height % 2 or width % 2 or min(height, width) < 16:
         raise ValueError(f"height and width must be even and at least 16, got {height} and {width}")
-    target = Path(root).expanduser().resolve()
-    if _holds(target, seed, options):
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+
+    def write(draft: Path) -> dict[str, Any]:
         _write(draft, seed, options)
-        made = RGBNT201(str(draft))
-        manifest = {
-            "generated": True,
-            "statement": STATEMENT,
-            "generator": "sdtps.rgbnt_sample",
-            "version": VERSION,
-            "seed": seed,
-            "options": options,
-            "counts": made.counts(),
-            "fingerprint": made.fingerprint(contents=True),
-            "pillow": PIL.__version__,
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-        }
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        draft.chmod(0o755)
-        try:
-            os.rename(draft, target)
-        except OSError:
-            if not _holds(target, seed, options):  # else another process was faster, with the same bytes
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        libraries = {"pillow": PIL.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
+        return {"counts": RGBNT201(str(draft)).counts(), **libraries}
 
-
-def _holds(target: Path, seed: int, options: dict[str, Any]) -> bool:
-    """True if the folder is this very sample, False if there is nothing.
-
-    Raises:
-        ValueError: if it holds anything else.
-    """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return False
-    manifest = read_manifest(target) if target.is_dir() else None
-    if manifest is None:
-        raise ValueError(f"{target} exists and is no generated sample; choose another root")
-    asked = {"version": VERSION, "seed": seed, "options": options}
-    found = {key: manifest.get(key) for key in asked}
-    if found != asked:
-        raise ValueError(f"{target} holds another sample ({found}); remove it or choose another root")
-    if RGBNT201(str(target)).fingerprint(contents=True) != manifest["fingerprint"]:
-        raise ValueError(f"{target} is a damaged sample (files differ from its manifest); remove it to have it made again")
-    return True
+    samples.make(
+        root, generator="sdtps.rgbnt_sample", version=VERSION, seed=seed, options=options, statement=STATEMENT, write=write
+    )
 
 
 @register("dataset_checker", paper="layout of RGBNT201 (Zheng et al., AAAI 2021); images are generated")
 def rgbnt_sample_files(root: str) -> list[data.Finding]:
     """Compare a generated sample with its own manifest: counts, and every byte of its images."""
     try:
-        manifest = read_manifest(root)
+        manifest = samples.read_manifest(root)
         if manifest is None:
             return [
                 data.Finding("error", "manifest", f"none in {root}", f"{MANIFEST}, as `repro data make rgbnt-sample` leaves it")
             ]
         layout = RGBNT201(root)
-    except LayoutError as error:
+    except ValueError as error:
         return [data.Finding("error", "sample", str(error), "a whole generated sample")]
     pairs: list[tuple[str, object, object]] = [
         (key.replace("_", " "), layout.counts()[key], manifest["counts"].get(key)) for key in layout.counts()

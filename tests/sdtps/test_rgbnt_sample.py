@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from core import data
+from core import data, samples
 from plugins.sdtps import pedestrians
 from plugins.sdtps import rgbnt_sample as generator
 from plugins.sdtps.augmentation import EvalTransform
 from plugins.sdtps.datasets import MANIFEST, RGBNT201, TriSpectralImages, rgbnt201
 from plugins.sdtps.pedestrians import persons
-from plugins.sdtps.rgbnt_sample import read_manifest, rgbnt_sample, rgbnt_sample_files
+from plugins.sdtps.rgbnt_sample import rgbnt_sample, rgbnt_sample_files
 
 TINY = {
     "train_identities": 5,
@@ -118,7 +118,7 @@ def test_damage_is_noticed(tmp_path):
     assert any("missing NIR image" in f.found for f in rgbnt_sample_files(str(root)))
     (root / MANIFEST).write_text("{")
     with pytest.raises(ValueError, match="not readable"):
-        read_manifest(root)
+        samples.read_manifest(root)
     (root / MANIFEST).unlink()
     assert rgbnt_sample_files(str(root))[0].what == "manifest"
 
