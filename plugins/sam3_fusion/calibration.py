@@ -199,7 +199,7 @@ class Moments(NamedTuple):
     std: Float[Tensor, " c"]
 
 
-def moments(features: list[Float[Tensor, "b c h w"]]) -> Moments:
+def moments(features: list[Float[Tensor, "_ c h w"]]) -> Moments:
     """Of feature maps, over images and cells, in float64.
 
     Raises:

@@ -14,7 +14,8 @@ RECIPES = sorted(
 )
 
 
-@pytest.mark.parametrize("one", claims.of("sam3_fusion"), ids=lambda c: c.id)
+# SAM3-16 exports the parts that test_fusion_export.py exports and compares at more sizes.
+@pytest.mark.parametrize("one", [c for c in claims.of("sam3_fusion") if c.id != "SAM3-16"], ids=lambda c: c.id)
 def test_claim(one):
     checked = claims.run(one)
     assert checked.error == ""
