@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -479,6 +480,44 @@ class PresenceStudy(Task):
                 )
             )
         return tables or super().tables(metrics)
+
+    def pictures(self, model: nn.Module, folder: Path) -> None:
+        """`presence.png`: presence logits of test pairs, each student's against the teacher's."""
+        assert isinstance(model, Pupils)
+        training = model.training
+        model.eval()
+        said = {c: self.read(model.student(c), self.test) for c in CONDITIONS}
+        scatter(self.read(model.teacher, self.test), said).save(folder / "presence.png")
+        model.train(training)
+
+
+def scatter(teacher: Reading, students: Mapping[str, Reading], side: int = 360, limit: float = 12.0) -> Image.Image:
+    """A panel a student: the teacher's presence logit of each pair to the right, the student's upwards, both cut at ±`limit`.
+
+    Present pairs are green, hard ones red, other absent ones grey; the white line is where student and teacher agree.
+    """
+    colours = {"absent": "#909090", "hard": "#d04030", "present": "#30a050"}
+    sheet = Image.new("RGB", (len(students) * (side + 20) + 20, side + 60), "white")
+    pen = ImageDraw.Draw(sheet)
+
+    def at(left: int, x: float, y: float) -> tuple[float, float]:
+        x, y = (min(max(v, -limit), limit) / (2 * limit) + 0.5 for v in (x, y))
+        return left + x * side, 40 + (1 - y) * side
+
+    for panel, (name, said) in enumerate(students.items()):
+        left = 20 + panel * (side + 20)
+        pen.rectangle([left, 40, left + side, 40 + side], fill="#202428")
+        pen.line([*at(left, 0, -limit), *at(left, 0, limit)], fill="#606060")
+        pen.line([*at(left, -limit, 0), *at(left, limit, 0)], fill="#606060")
+        pen.line([*at(left, -limit, -limit), *at(left, limit, limit)], fill="white")
+        for kind, colour in colours.items():
+            for x, y in zip(teacher.presence[teacher.kinds == kind], said.presence[said.kinds == kind]):
+                px, py = at(left, float(x), float(y))
+                pen.ellipse([px - 2, py - 2, px + 2, py + 2], fill=colour)
+        pen.text((left, 8), f"{name}: presence logit of the student against the teacher's, -{limit:g} to {limit:g}", fill="black")
+    for number, (kind, colour) in enumerate(colours.items()):
+        pen.text((20 + 80 * number, 22), kind, fill=colour)
+    return sheet
 
 
 def balanced(present: NDArray[np.bool_], count: int, rng: np.random.Generator) -> NDArray[np.int64]:

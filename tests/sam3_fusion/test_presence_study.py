@@ -7,14 +7,15 @@ import torch
 
 from core import config as configs
 from core.text import HashedText
-from plugins.sam3_fusion import shapes_sample
+from plugins.sam3_fusion import calibration, shapes_sample
 from plugins.sam3_fusion.decoder import QueryDecoder
 from plugins.sam3_fusion.detector import ConvTrunk, PromptedDetector
 from plugins.sam3_fusion.fusion_encoder import FusionEncoder
+from plugins.sam3_fusion.reading import Reading
 from plugins.sam3_fusion.schedule import TwoPhases
 from plugins.sam3_fusion.scoring import PromptScorer
 from plugins.sam3_fusion.student import IMAGENET_MEAN, IMAGENET_STD, StudentTrunk, explained, feature_loss, imagenet_of_half
-from plugins.sam3_fusion.study import CONDITIONS, FIXES, PresenceStudy, balanced, fix_rows, recommendation
+from plugins.sam3_fusion.study import CONDITIONS, FIXES, PresenceStudy, balanced, fix_rows, recommendation, scatter
 from plugins.sam3_fusion.task import PromptedDetection
 
 
@@ -160,6 +161,42 @@ def test_the_recommendation_is_the_cheapest_of_the_best():
     said = recommendation(made_up(none=(40, 0, 0), skip=(12, 0, 0), moment=(40.5, 0, 2)), "matched")
     assert said.startswith("Recommended: none.")
     assert fix_rows({}, "matched") == []
+
+
+def test_a_folded_map_gives_the_readings_that_were_measured(finished):
+    task, net, _, _ = finished
+    student = net.student("mismatched").eval()
+    said = task.read(student, task.test)
+    map = calibration.moment_match(said.presence, 2 * said.presence + 3)
+    keys = {k: v.shape for k, v in student.state_dict().items()}
+    calibration.fold_presence(student.decoder.presence, map)
+    folded = task.read(student, task.test)
+    assert {k: v.shape for k, v in student.state_dict().items()} == keys
+    np.testing.assert_allclose(folded.presence, said.moved(*map).presence, atol=1e-5)
+    np.testing.assert_array_equal(folded.scores, said.scores)
+    np.testing.assert_array_equal(folded.boxes, said.boxes)
+
+
+def test_matched_features_have_the_teachers_moments_at_no_cost(finished):
+    task, net, _, _ = finished
+    student = net.student("matched").eval()
+    matched = task._feature_match(net, student)
+    images = torch.stack([task.fitting.sample(i, np.random.default_rng(0))["image"] for i in range(len(task.fitting))])
+    with torch.no_grad():
+        ours, theirs = (calibration.moments([m.trunk(images)]) for m in (matched, net.teacher))
+    torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.std, theirs.std, rtol=1e-4, atol=1e-5)
+    assert {k: v.shape for k, v in matched.state_dict().items()} == {k: v.shape for k, v in student.state_dict().items()}
+
+
+def test_the_picture_shows_every_pair_where_it_belongs(finished, tmp_path):
+    task, net, _, _ = finished
+    task.pictures(net, tmp_path)
+    assert (tmp_path / "presence.png").stat().st_size > 1000
+    boxes = np.zeros((1, 1, 4))
+    one = Reading(boxes, np.zeros((1, 1)), np.array([6.0]), [np.zeros((1, 4))], np.array(["present"]))
+    sheet = np.asarray(scatter(one, {"a": one.moved(1.0, -12.0)}, side=240, limit=12.0))
+    assert tuple(sheet[40 + 180, 20 + 180]) == (0x30, 0xA0, 0x50)
 
 
 def test_labelled_pairs_are_half_present():
