@@ -8,7 +8,8 @@ The document says in a comment what it wants, and what is made goes between two 
     <!-- made --> ... <!-- end -->
 
 Settings are named as the sweep's table names them, or by their gin file; seeds of a setting stand together. `baseline` is the
-setting that every other is compared with by a paired t-test over seeds. Curves go to DOCUMENT.png: the mean over seeds of what
+setting that every other is compared with by a paired t-test over seeds. `each` is a prefix of metrics that get a table of their own, a row
+each, a column a setting (`"each": "IoU/"`), means over seeds. Curves go to DOCUMENT.png: the mean over seeds of what
 `metrics.jsonl` holds, smoothed by a running mean of `smooth` rows, with the range over seeds shaded.
 """
 
@@ -29,29 +30,6 @@ _WANT = re.compile(r"<!-- study (\{.*?\}) -->", re.DOTALL)
 _MADE = re.compile(r"<!-- made -->.*?<!-- end -->", re.DOTALL)
 
 
-def labels(places: list[str]) -> dict[str, str]:
-    """Name of the setting of every run that a sweep made, by the run folder's name."""
-    found = {}
-    for place in places:
-        for path in Path(place).rglob("sweeps/*/sweep.json"):
-            sweep = json.loads(path.read_text())
-            for run in sweep["runs"]:
-                cells = [value if name == "preset" else f"{name} = {value}" for name, value in run["cells"] if name != "SEED"]
-                found[run["name"]] = ", ".join(cells) or Path(sweep["gin"].rpartition(":")[2]).stem
-    return found
-
-
-def settings(places: list[str]) -> list[gather.Group]:
-    """The runs by setting, named, those without a name last."""
-    named = labels(places)
-    groups = [
-        gather.Group(named.get(group.runs[0].path.name, group.label), group.differing, group.runs)
-        for group in gather.groups(gather.collect(places))
-    ]
-    order = list(dict.fromkeys(named.values()))
-    return sorted(groups, key=lambda g: order.index(g.label) if g.label in order else len(order))
-
-
 def table(groups: list[gather.Group], want: dict[str, Any]) -> str:
     """Mean ± standard deviation over seeds of each metric, and p against the baseline for the first one."""
     metrics, names = want["metrics"], want.get("names", want["metrics"])
@@ -65,6 +43,16 @@ def table(groups: list[gather.Group], want: dict[str, Any]) -> str:
             p = None if group is base else gather.paired(group, base, metrics[0])[0]
             row.append("–" if p is None else f"{p:.2f}" if p >= 0.01 else f"{p:.0e}")
         rows.append([*row, str(cells[0].n)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def each(groups: list[gather.Group], prefix: str, digits: int) -> str:
+    """Metrics that begin with the prefix: a row each, a column a setting."""
+    names = list(dict.fromkeys(n for g in groups for run in g.runs for n in run.metrics if n.startswith(prefix)))
+    rows = [[prefix.strip("/"), *(g.label for g in groups)], ["---"] * (len(groups) + 1)]
+    for name in names:
+        means = [gather.spread(group, name).mean for group in groups]
+        rows.append([name.removeprefix(prefix), *("–" if m is None else f"{m:.{digits}f}" for m in means)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -118,11 +106,14 @@ def main() -> int:
         print(f"error: {args.document} has no <!-- study {{…}} --> with <!-- made --> and <!-- end --> after it", file=sys.stderr)
         return 2
     want = json.loads(asked[1])
-    groups = settings(args.runs)
-    if not groups:
-        print(f"error: no run folder below {' '.join(args.runs)}", file=sys.stderr)
+    try:
+        groups = gather.settings(gather.collect(args.runs))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     made = table(groups, want)
+    if want.get("each"):
+        made += "\n\n" + each(groups, want["each"], want.get("digits", 3))
     if want.get("curves"):
         picture = args.document.with_suffix(".png")
         draw(groups, want, picture)

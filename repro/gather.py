@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from core import record
 
 SEED_KEY = "trainer.train.seed"
+SELECT_KEY = "trainer.train.select"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,14 @@ class Run:
     def seed(self) -> str:
         return str(self.effective.get(SEED_KEY, self.info.get("seed", 0)))
 
-    @property
+    @cached_property
     def config(self) -> str:
-        return str(self.info.get("config", "?"))
+        """The gin file that was asked for; of a run of a sweep the file of the sweep, not the sweep's own copy of it."""
+        found = str(self.info.get("config", "?"))
+        parts = Path(found).parts
+        if parts[-2:-1] == ("base",) and parts[-4:-3] == ("sweeps",):
+            return _sweep(self.path.parent / "sweeps" / parts[-3] / "sweep.json").get("gin", found)
+        return found
 
     @property
     def metrics(self) -> Mapping[str, float | None]:
@@ -126,6 +133,42 @@ def _varied(settings: Sequence[Mapping[str, str]]) -> list[str]:
     return sorted(k for k, v in values.items() if len(v) > 1)
 
 
+@cache
+def _sweep(path: Path) -> dict[str, Any]:
+    return record.read_json(path)
+
+
+def labels(runs: Iterable[Run]) -> dict[Path, str]:
+    """Name of the setting of every run that a sweep made, as the sweep's table has it, by resolved run folder.
+
+    A cell of the sweep's grid reads `NAME = value`, a preset its own name; a sweep over seeds alone is named after its gin file.
+    """
+    found: dict[Path, str] = {}
+    for parent in dict.fromkeys(run.path.resolve().parent for run in runs):
+        for path in sorted(parent.glob("sweeps/*/sweep.json")):
+            sweep = _sweep(path)
+            for run in sweep.get("runs", ()):
+                cells = [value if name == "preset" else f"{name} = {value}" for name, value in run["cells"] if name != "SEED"]
+                found[parent / run["name"]] = ", ".join(cells) or Path(sweep["gin"].rpartition(":")[2]).stem
+    return found
+
+
+def settings(runs: Sequence[Run]) -> list[Group]:
+    """Runs by configuration as `groups` makes them, named and ordered as their sweeps name and order them.
+
+    A configuration that no sweep made keeps the label of `groups` and comes last; so does one whose name another has too.
+    """
+    named = labels(runs)
+    order = {name: position for position, name in enumerate(dict.fromkeys(named.values()))}
+    made = []
+    for group in groups(runs):
+        names = [named[run.path.resolve()] for run in group.runs if run.path.resolve() in named]
+        made.append((names[0] if names else "", group))
+    often = Counter(name for name, _ in made)
+    ranked = sorted(made, key=lambda pair: order.get(pair[0], len(order)))
+    return [dataclasses.replace(g, label=name) if name and often[name] == 1 else g for name, g in ranked]
+
+
 def groups(runs: Sequence[Run]) -> list[Group]:
     """Runs by configuration, seeds together; labels name only the parameters that differ between groups."""
     keys: dict[tuple[Any, ...], list[Run]] = {}
@@ -158,12 +201,15 @@ class Spread:
     n: int
     missing: int
 
-    def text(self, digits: int = 4) -> str:
+    def text(self, digits: int = 4, *, brief: bool = False) -> str:
+        """`0.4100 ± 0.0100 (n=3)`; `brief` leaves the number of values out where none is missing."""
         if self.mean is None:
             return f"– (0 of {self.missing})" if self.missing else "–"
         shown = f"{self.mean:.{digits}f}"
         if self.deviation is not None:
             shown += f" ± {self.deviation:.{digits}f}"
+        if brief and not self.missing:
+            return shown
         return shown + (f" (n={self.n}, {self.missing} missing)" if self.missing else f" (n={self.n})" if self.n > 1 else "")
 
 
@@ -176,16 +222,39 @@ def spread(group: Group, metric: str) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values), missing)
 
 
-def headline_metrics(runs: Sequence[Run], most: int = 8) -> list[str]:
-    """Metrics to show first: those with a published value, then those named without a prefix, in the order of the results."""
+def headline_metrics(runs: Sequence[Run], most: int = 6) -> list[str]:
+    """Metrics to show first: what the runs were selected by, those with a published value, then those named without a prefix.
+
+    Within each kind the order is that of the results. An interval of another metric (`NAME ±`) is none of its own.
+    """
     order: dict[str, int] = {}
     for run in runs:
         for name in run.metrics:
             order.setdefault(name, len(order))
+    selected = {run.effective.get(SELECT_KEY, "").strip("'\"") for run in runs}
     expected = {n for run in runs for n in (run.result.get("expected") or {})}
-    plain = [n for n in order if "/" not in n]
-    chosen = [n for n in order if n in expected] + [n for n in plain if n not in expected]
+    plain = [n for n in order if "/" not in n and not n.endswith("±")]
+    kinds = ([n for n in order if n in selected], [n for n in order if n in expected], plain)
+    chosen = list(dict.fromkeys(n for kind in kinds for n in kind))
     return (chosen or list(order))[:most]
+
+
+def best(groups: Sequence[Group], metric: str) -> list[Group]:
+    """The groups whose mean is the best one: several where they tie, none where no group has the metric."""
+    means = [(g, m) for g in groups if (m := spread(g, metric).mean) is not None]
+    if not means:
+        return []
+    top = (min if lower_is_better(metric) else max)(m for _, m in means)
+    return [g for g, m in means if m == top]
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's step-down method, in the order given."""
+    corrected, highest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[index]))
+        corrected[index] = highest
+    return corrected
 
 
 def paired(a: Group, b: Group, metric: str) -> tuple[float | None, int]:

@@ -104,6 +104,144 @@ def test_paired_test_is_scipys():
     assert gather.paired(gather.Group("a", {}, runs[:1]), gather.Group("b", {}, others), "m") == (None, 1)
 
 
+def planned(root, gin, cells):
+    """A sweep's plan as `repro sweep` writes it, over run folders by name."""
+    folder = root / "sweeps" / "s"
+    (folder / "base").mkdir(parents=True)
+    runs = [{"name": name, "overrides": [], "cells": of} for name, of in cells.items()]
+    (folder / "sweep.json").write_text(json.dumps({"gin": gin, "runs": runs}))
+    return folder / "base" / gin.rpartition("/")[2]
+
+
+def test_settings_are_named_and_ordered_as_the_sweep_has_them(tmp_path):
+    root = tmp_path / "runs"
+    names = {0.5: "half", 0.3: "a third", 0.7: ""}
+    cells = {f"r{r}-{s}": [["preset", n], ["SEED", str(s)]] for r, n in names.items() if n for s in range(2)}
+    base = planned(root, "gin/sdtps_rgbnt.gin", cells)
+    for ratio in names:
+        for seed in range(2):
+            make(root, f"r{ratio}-{seed}", effective(ratio, seed), {"m": ratio}, config=str(base))
+    runs = gather.collect([str(root)])
+    assert [g.label for g in gather.settings(runs)] == ["half", "a third", "sparse_ratio = 0.7"]
+    assert {r.config for r in runs} == {"gin/sdtps_rgbnt.gin"}  # what was asked, not the sweep's copy of it
+    assert "half" in report.markdown(report.build(runs), "t")
+
+
+def test_a_name_that_two_settings_share_names_neither(tmp_path):
+    root = tmp_path / "runs"
+    planned(root, "gin/x.gin", {"a": [["preset", "same"]], "b": [["preset", "same"]]})
+    for name, ratio in (("a", 0.3), ("b", 0.5)):
+        make(root, name, effective(ratio, 0), {"m": 1.0})
+    assert [g.label for g in gather.settings(gather.collect([str(root)]))] == ["sparse_ratio = 0.3", "sparse_ratio = 0.5"]
+
+
+def test_all_that_tie_are_marked_and_a_baseline_can_be_named(tmp_path):
+    root = tmp_path / "runs"
+    for ratio, values in ((0.3, (0.4, 0.6)), (0.5, (0.6, 0.4)), (0.7, (0.1, 0.2))):
+        for seed, value in enumerate(values):
+            make(root, f"r{ratio}-{seed}", effective(ratio, seed), {"m": value})
+    page = report.build(gather.collect([str(root)]), baseline="sparse_ratio = 0.7")
+    found = {t.key: t for s in page for t in s.tables}
+    assert found["summary"].best == {0, 1}
+    assert "(a tie)" in found["summary"].note
+    assert [row[0] for row in found["significance"].rows] == ["sparse_ratio = 0.3", "sparse_ratio = 0.5"]
+    assert [row[1] for row in found["significance"].rows] == ["+0.3500", "+0.3500"]
+    with pytest.raises(ValueError, match="no configuration is named 'x'"):
+        report.build(gather.collect([str(root)]), baseline="x")
+
+
+def test_losses_are_best_where_they_are_smallest(sweep):
+    groups = gather.groups(gather.collect([str(sweep)]))
+    for group in groups:
+        for run in group.runs:
+            run.metrics["final/loss"] = 1 - run.metrics["mAP[camera]"]
+    assert gather.best(groups, "final/loss") == gather.best(groups, "mAP[camera]") == [groups[1]]
+
+
+def test_holm_by_hand():
+    assert gather.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert gather.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert gather.holm([]) == []
+
+
+def test_own_tables_are_means_over_seeds(tmp_path):
+    root = tmp_path / "runs"
+    for seed, value in enumerate((0.5, 0.7)):
+        table = {"title": "t", "columns": ["", "score", "classes"], "rows": [["all", value, 7], ["none", None, 7]]}
+        make(root, f"r{seed}", effective(0.3, seed), {"m": value}, tables=[table])
+    (section,) = [s for s in report.build(gather.collect([str(root)])) if s.id == "runs"]
+    assert section.tables[0].rows == [["all", "0.6000 ± 0.1414", "7"], ["none", "–", "7"]]
+
+
+def test_the_published_number_stands_beside_ours_with_its_tolerance(tmp_path):
+    from core import claims
+    from repro import claims as ledger
+
+    config, root = "gin/sdtps/rgbnt201.gin", tmp_path / "runs"
+    number = next(n for n in claims.published_of("sdtps") if n.config == config and n.metric == "mAP[camera]")
+    for seed, off in enumerate((0.004, 0.006)):
+        asked = {**ledger.requested(config), "trainer.train.seed": str(seed)}
+        folder = make(root, f"r{seed}", asked, {number.metric: number.value + off}, config=config)
+        info = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**info, "plugins": {"sdtps": {}}}))
+    (table,) = [t for s in report.build(gather.collect([str(root)])) for t in s.tables if t.key == "ledger"]
+    row = next(r for r in table.rows if r[0] == number.id)
+    assert row[1:6] == [
+        number.metric,
+        f"{number.value:g} ± {number.tolerance:g}",
+        f"{number.value + 0.005:.4f} ± 0.0014 (n=2)",
+        "+0.0050",
+        "reproduced",
+    ]
+    (folder / "data.json").write_text(json.dumps({"name": "toy", "sample": True}))
+    (section,) = [s for s in report.build(gather.collect([str(root)])) if s.id == "published"]
+    assert any(p.startswith("1 of the runs does not count: a generated sample") for p in section.paragraphs)
+
+
+def test_one_run_shows_its_loss_terms_even_if_its_log_begins_with_an_evaluation(tmp_path):
+    rows = [{"step": 0, "eval": {"m": 0.1}}]
+    rows += [{"step": s, "loss": 3.0 / s, "loss/a": 1.0 / s, "loss/b": 2.0 / s, "lr": 0.1} for s in range(1, 5)]
+    make(tmp_path / "runs", "r", {}, {"m": 0.5}, rows=[*rows, {"step": 4, "eval": {"m": 0.5}}])
+    (section,) = [s for s in report.build(gather.collect([str(tmp_path / "runs")])) if s.id == "curves"]
+    assert [f.caption for f in section.figures] == [f"{what} over steps" for what in ("loss", "loss terms", "evaluation", "lr")]
+
+
+def test_smoothing_is_a_mean_of_the_last_points_and_bands_keep_common_steps():
+    assert report._smoothed([(1, 1.0), (2, 3.0), (3, 8.0)], 2) == [(2, 2.0), (3, 5.5)]
+    assert report._band([[(1, 1.0), (2, 2.0)], [(2, 4.0), (3, 1.0)]]) == ([2], [3.0], [2.0], [4.0])
+
+
+def test_compression_says_both_ratios_and_what_was_not_measured(tmp_path):
+    from torch import nn, randn
+
+    from core.profile import TokenReport, compression, profile
+
+    class Halved(nn.Linear):
+        def forward(self, x):
+            return super().forward(x[:, :2])
+
+        def token_report(self):
+            return TokenReport([("patches", 4), ("kept", 2)], class_tokens=1)
+
+    x = (randn(1, 4, 3),)
+    before, after = (profile(m, x, timed=False) for m in (nn.Linear(3, 3), Halved(3, 3)))
+    found = {"model": after.to_dict(), "compression": compression(before, after).to_dict()}
+    folder = make(tmp_path / "runs", "r", {}, {"m": 1.0})
+    (folder / "profile.json").write_text(json.dumps(found))
+    (section,) = [s for s in report.build(gather.collect([str(tmp_path / "runs")])) if s.id == "cost"]
+    tables = {t.key: t for t in section.tables}
+    said = {row[1]: row[2:4] for row in tables["tokens"].rows}
+    assert said["kept"] == ["2", "50.0%"]
+    assert next(v for k, v in said.items() if k.startswith("ratio without")) == ["2", "50.0%"]
+    assert next(v for k, v in said.items() if k.startswith("ratio with class token (60.0% with 1 on both sides, 75.0%")) == [
+        "3",
+        "60.0%",
+    ]
+    assert "one input" in tables["tokens"].note
+    assert tables["compression"].rows[0] == ["MACs, network", "36", "18", "0.5000"]
+    assert [row[4] for row in tables["modules"].rows] == ["100.0%"]
+
+
 def test_page_markdown_and_csv_hold_the_same_numbers(sweep, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["report", str(sweep), "--out", str(out)]) == 0
@@ -140,7 +278,8 @@ def test_the_page_fetches_nothing_and_escapes_everything(tmp_path):
     page = (out / "index.html").read_text()
     links = Links()
     links.feed(page)
-    assert all(link.startswith("data:") for link in links.found)
+    assert all(link.startswith(("data:", "#")) for link in links.found)
+    assert {link[1:] for link in links.found if link[0] == "#"} <= set(re.findall(r'<section id="(\w+)">', page))
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "Generated sample." in page
