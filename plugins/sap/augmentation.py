@@ -1,6 +1,6 @@
 """From pixels to what the encoders see.
 
-SAP release, spec section 3: random resized crop, flip and colour jitter in training, a plain resize in evaluation.
+As in the SAP release: random resized crop, flip and colour jitter in training, a plain resize in evaluation.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def random_resized_crop(
     return images.resize(np.ascontiguousarray(image), (size, size))
 
 
-@register("transform", paper="SAP release", equations="spec section 3")
+@register("transform", paper="SAP release")
 class TrainTransform:
     """Random resized crop, horizontal flip, colour jitter, ImageNet normalisation.
 
@@ -91,7 +91,7 @@ class TrainTransform:
         return images.normalize(images.to_float(image), MEAN, STD)
 
 
-@register("transform", paper="SAP release", equations="spec section 3")
+@register("transform", paper="SAP release")
 class EvalTransform:
     """Resize to a square and normalise as ImageNet.
 

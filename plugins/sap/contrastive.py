@@ -1,6 +1,6 @@
 """The two supervised contrastive losses of SAP, and their temperatures over training.
 
-SAP release, spec section 2.4; after Khosla et al., NeurIPS 2020, eq. 2.
+SAP release, after Khosla et al., NeurIPS 2020, eq. 2.
 
 Both compare all rows of an episode through a small projection head. They differ in who attracts whom and how much:
 
@@ -103,7 +103,7 @@ def weighted_contrast(
     return per_row.sum() / (count > 0).sum().clamp(min=1)
 
 
-@register("loss", paper="SAP release; after Khosla et al. 2020, eq. 2", equations="spec section 2.4")
+@register("loss", paper="SAP release; after Khosla et al. 2020, eq. 2")
 class IntrinsicSupCon(nn.Module):
     """Pull rows of one class together, harder across domains than within one.
 
@@ -165,7 +165,7 @@ class IntrinsicSupCon(nn.Module):
         return Contrast(loss, z, self.temperature(epoch), cosines.named())
 
 
-@register("loss", paper="SAP release; after Khosla et al. 2020, eq. 2", equations="spec section 2.4")
+@register("loss", paper="SAP release; after Khosla et al. 2020, eq. 2")
 class DomainSupCon(nn.Module):
     """Pull rows of one domain together, harder across classes than within one, and push a class's domains apart.
 

@@ -1,4 +1,4 @@
-"""Domain classifier of SAP. SAP release, spec section 2.3."""
+"""Domain classifier of SAP, as in its release."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from core.registry import register
 
 
-@register("module", paper="SAP release", equations="spec section 2.3")
+@register("module", paper="SAP release")
 class DomainClassifier(nn.Module):
     """Which domain a feature comes from: Linear, ReLU, dropout, Linear.
 

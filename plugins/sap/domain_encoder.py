@@ -1,6 +1,6 @@
 """Domain encoder of SAP: what an image's rendering style is, read off the statistics of a fixed filter bank.
 
-SAP release, spec section 2.2.
+After the release's StyleStatDomainEncoder.
 
 Axes: b images, f filters, h w pixels, r Gram rank, d domain channels.
 """
@@ -157,7 +157,7 @@ class TokenHead(nn.Module):
         return self.fc2(hidden).tanh() * self.scale.clamp(0.1, 10.0)
 
 
-@register("backbone", paper="SAP release", equations="spec section 2.2")
+@register("backbone", paper="SAP release")
 class StyleStatDomainEncoder(nn.Module):
     """Domain feature of an image from first and second order statistics of a fixed bank of 14 filters.
 

@@ -1,6 +1,6 @@
 """The whole SAP model: an intrinsic branch that classifies, a domain branch that purification cleans of class.
 
-SAP release ("ExpB1"), spec section 2.5. The branches share no parameter. Only purification can carry a gradient from the
+After the release's ExpB1Model. The branches share no parameter. Only purification can carry a gradient from the
 domain losses to the intrinsic encoder, through its anchors, and only if they are not detached.
 
 Axes: b rows of an episode (support first), s support rows, p intrinsic channels, d domain channels.
@@ -58,7 +58,7 @@ class Backbone(nn.Module):
         self.intrinsic_encoder, self.domain_encoder = intrinsic, domain
 
 
-@register("model", paper="SAP release (ExpB1)", equations="spec section 2.5", denylist=["n_domains"])
+@register("model", paper="SAP release (ExpB1)", denylist=["n_domains"])
 class DualStreamModel(nn.Module):
     """Intrinsic and domain encoder, prototype head, domain classifier, contrastive losses, purification.
 

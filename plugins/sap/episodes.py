@@ -1,6 +1,6 @@
 """Episodes: N classes, K labelled support images of each, Q queries of each, across domains.
 
-SAP release, spec section 3. A query domain is drawn; the support comes from the other source domains. It is not
+After the SAP release. A query domain is drawn; the support comes from the other source domains. It is not
 few-shot learning of new classes: training and test share their classes, and what is new is the domain.
 
 An episode is a list of sample indices in a fixed order, so that labels within it follow from the position:
@@ -52,7 +52,7 @@ class EpisodeShape:
         return torch.cat([ways.repeat_interleave(self.k_shot), ways.repeat_interleave(self.n_query)])
 
 
-@register("plan", paper="SAP release", equations="spec section 3", denylist=["records", "support_domains", "query_domains"])
+@register("plan", paper="SAP release", denylist=["records", "support_domains", "query_domains"])
 class EpisodePlan:
     """Draws episodes from records.
 

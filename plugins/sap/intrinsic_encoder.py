@@ -1,6 +1,6 @@
 """Intrinsic ("physical") encoder of SAP: an edge-aware ResNet-12 whose feature map carries the class.
 
-SAP release, spec section 2.1. BlurPool: Zhang, ICML 2019. Weight standardisation: Qiao et al. 2019. DropBlock: Ghiasi et
+After the release's IntrinsicEncoder. BlurPool: Zhang, ICML 2019. Weight standardisation: Qiao et al. 2019. DropBlock: Ghiasi et
 al., NeurIPS 2018, alg. 1. MixStyle: Zhou et al., ICLR 2021, eq. 1-5.
 
 Axes: b images, c channels, h w map.
@@ -180,7 +180,11 @@ class ResidualBlock(nn.Module):
         return self.drop_block(F.leaky_relu(y + self.downsample(x), 0.1))
 
 
-@register("backbone", paper="SAP release; BlurPool, MixStyle, DropBlock, weight standardisation", equations="spec section 2.1")
+@register(
+    "backbone",
+    paper="SAP release; BlurPool, MixStyle, DropBlock, weight standardisation",
+    equations="DropBlock alg. 1; MixStyle eq. 1-5",
+)
 class IntrinsicEncoder(nn.Module):
     """Edge-aware ResNet-12 variant: Sobel stem, four residual stages, no batch norm anywhere.
 

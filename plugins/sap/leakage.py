@@ -1,6 +1,6 @@
 """How much class there is in domain features: mean cosines by kind of pair, and the leak index.
 
-SAP release, spec section 3 (metrics).
+After the diagnostics that the SAP release logs in training.
 
 Axes: b rows and j the same rows again, d channels.
 """

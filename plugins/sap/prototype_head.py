@@ -53,7 +53,11 @@ def class_means(features: Float[Tensor, "s d"], labels: Int[Tensor, "s"], n_way:
     return (member / counts).to(features.dtype) @ features
 
 
-@register("module", paper="Prototypical networks, Snell et al. 2017; SAP release", equations="Snell eq. 1-2; spec 2.3")
+@register(
+    "module",
+    paper="Prototypical networks, Snell et al. 2017; SAP release",
+    equations="Snell eq. 1-2; the release's PrototypeNetwork",
+)
 class PrototypeHead(nn.Module):
     """Logits by similarity to class prototypes of row-normalised features. Holds no parameters.
 

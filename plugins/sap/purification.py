@@ -90,7 +90,9 @@ class _InwardCap(torch.autograd.Function):
         return torch.where((scale < ctx.cap) | (grad > 0), grad, torch.zeros_like(grad)), None
 
 
-@register("module", paper="SAP design note, Patch 2 and Patch 3", equations="spec section 1")
+@register(
+    "module", paper="SAP design note, Patch 2 and Patch 3", equations="anchors, query, attention, component, gate, orthogonality"
+)
 class SemanticAnchorPurification(nn.Module):
     """Purify domain features with the semantic anchors of an episode.
 

@@ -1,6 +1,6 @@
 """The reproduction: train and evaluate few-shot classification in an unseen domain, with purification.
 
-SAP release, spec section 3. One domain is held out as target; episodes cross the domains of the others.
+After the SAP release's training script. One domain is held out as target; episodes cross the domains of the others.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BRANCHES = ("backbone.intrinsic_encoder.", "intrinsic_supcon_module.")  # the in
 UNSEEN = np.random.default_rng(0)  # evaluation transforms draw nothing from it
 
 
-@register("task", paper="SAP release and design notes", equations="spec section 3")
+@register("task", paper="SAP release and design notes")
 class FewShot(Task):
     """N-way K-shot classification of known classes in a domain that training never saw.
 

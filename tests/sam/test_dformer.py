@@ -29,7 +29,7 @@ def tiny(seed=0, **options):
 
 
 def by_hand_attention(attention, prior, x, depth, *, index="raster1d", mode="logit_bias", full):
-    """Equations of section 3.2 of the spec, pixel by pixel. x (h, w, c), depth (h, w)."""
+    """Geometry self-attention of DFormerv2 (its sec. 3.2), full or along rows and columns, pixel by pixel. x (h, w, c), depth (h, w)."""
     h, w, c = x.shape
     d = c // HEADS
     speed = [10000 ** -(j / (d // 2 - 1)) if d > 2 else 1.0 for j in range(d // 2)]
