@@ -730,6 +730,16 @@ def configured(name: str) -> Callable[..., Any]:
     return made
 
 
+_GINS_OWN = re.compile(r"^  In call to configurable '[^']*' \(<.*>\)( in scope '[^']*')?$")
+
+
+def said(error: BaseException) -> str:
+    """What an exception says, without the line that gin appends for every configurable it passed through."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error) or type(error).__name__
+    lines = text.splitlines()
+    return "\n".join(line for line in lines if not _GINS_OWN.match(line)) or type(error).__name__
+
+
 def operative_text() -> str:
     """What ran: every parameter of every component that was called, defaults included. Parses back to the same run.
 

@@ -76,8 +76,9 @@ def verb(name: str, argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, (*expected_errors(), KeyError)) or os.environ.get("REPRO_TRACEBACK"):
             traceback.print_exc()
             return EXIT_FAILED
-        said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error) or type(error).__name__
-        for line in said.splitlines():
+        from core.config import said
+
+        for line in said(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return EXIT_FAILED if isinstance(error, (FloatingPointError, OSError, RuntimeError)) else EXIT_USAGE
 

@@ -104,7 +104,7 @@ def _train(run: record.RunFolder, config: configs.Config, args: argparse.Namespa
         run.log(str(stop))
         return record.EXIT_STOPPED
     except Exception as error:
-        run.say(state="failed", message=f"{type(error).__name__}: {error}")
+        run.say(state="failed", message=f"{type(error).__name__}: {configs.said(error)}")
         raise
     finally:
         distributed.stop()

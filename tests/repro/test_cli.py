@@ -108,3 +108,16 @@ def test_list_as_json_says_where_everything_is_from(capsys):
     names = {c["name"] for c in found["components"]}
     assert {"trainer.train", "optim.AdamW", "schedules.Cosine", "sdtps.RGBNT201"} <= names
     assert {p["name"] for p in found["plugins"]} >= {"sam", "sam3_fusion", "sap", "sdtps"}
+
+
+def test_what_a_component_refuses_is_said_without_gins_own_lines(command, tmp_path):
+    from core import record
+
+    asked = ("run", "--gin", "gin/sdtps_rgbnt.gin", "--set", "sdtps.TokenSparse.sparse_ratio=1.5", "--out", str(tmp_path / "a"))
+    done = command(*asked, "--quiet")
+    assert done.status == 2
+    assert done.err == "error: sparse_ratio must be in (0, 1], got 1.5\n"
+    assert record.status(tmp_path / "a").message == "ValueError: sparse_ratio must be in (0, 1], got 1.5"
+    with_all = command(*asked, "--fresh", "--quiet", before=lambda: __import__("os").environ.update(REPRO_TRACEBACK="1"))
+    assert "In call to configurable 'TokenSparse'" in with_all.err
+    assert "Traceback" in with_all.err
