@@ -24,6 +24,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,10 @@ class Table:
         """How a verdict is coloured: `good`, `bad`, or not."""
         return _TONES.get(cell, "")
 
-    @property
+    @cached_property
     def numeric(self) -> set[int]:
+        """Columns that hold numbers alone."""
+
         def number(text: str) -> bool:
             return text in ("–", "") or _NUMBER.match(text) is not None
 
