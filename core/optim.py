@@ -146,7 +146,12 @@ def SGD(
     nesterov: bool = False,
     decay_vectors: bool = True,
 ) -> torch.optim.Optimizer:
-    """Stochastic gradient descent with momentum and coupled L2. Other arguments as for `Adam`."""
+    """Stochastic gradient descent with momentum and coupled L2. Other arguments as for `Adam`.
+
+    Args:
+        momentum: share of the last update that the next one keeps.
+        nesterov: take the gradient where the momentum leads; needs a momentum above 0.
+    """
     _positive("SGD", lr=lr, momentum=momentum, weight_decay=weight_decay)
     if nesterov and momentum == 0:
         raise ValueError("optim.SGD.nesterov needs a momentum above 0")

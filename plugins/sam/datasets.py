@@ -249,11 +249,11 @@ def check(layout: type[RGBDScenes], root: str, *, decode: bool = True) -> list[d
 
 @register("dataset_checker", paper="NYUDepthv2, layout of DFormer's release")
 def nyudepthv2(root: str, decode: bool = True) -> list[data.Finding]:
-    """Compare a folder with NYUDepthv2 as published. `decode=False` skips reading the images."""
+    """Compare the folder `root` with NYUDepthv2 as published. `decode=False` skips reading the images."""
     return check(NYUDepthv2, root, decode=decode)
 
 
 @register("dataset_checker", paper="SUN RGB-D, layout of DFormer's release")
 def sunrgbd(root: str, decode: bool = True) -> list[data.Finding]:
-    """Compare a folder with SUN RGB-D as published. `decode=False` skips reading the images."""
+    """Compare the folder `root` with SUN RGB-D as published. `decode=False` skips reading the images."""
     return check(SUNRGBD, root, decode=decode)

@@ -253,7 +253,7 @@ def collate(samples: Sequence[Sample], tokens: Callable[[Sequence[str]], tuple[T
 
 @register("dataset_checker", paper="prompted scenes in a COCO-like layout")
 def prompted_scenes(root: str) -> list[Finding]:
-    """Check a folder of prompted scenes: every split, every box, every picture."""
+    """Check the folder `root` of prompted scenes: every split, every box, every picture."""
     folder = Path(root)
     splits = sorted(p.stem for p in folder.glob("*.json") if p.stem != "manifest") if folder.is_dir() else []
     if not splits:

@@ -539,17 +539,17 @@ def _some(numbers: Iterable[int]) -> str:
 
 @register("dataset_checker", paper="RGBNT201 (Zheng et al., AAAI 2021)")
 def rgbnt201(root: str, decode: bool = True) -> list[data.Finding]:
-    """Compare a folder with RGBNT201 as published. `decode=False` skips reading the images."""
+    """Compare the folder `root` with RGBNT201 as published. `decode=False` skips reading the images."""
     return check(RGBNT201, root, decode=decode)
 
 
 @register("dataset_checker", paper="RGBNT100 (Li et al., AAAI 2020)")
 def rgbnt100(root: str, decode: bool = True) -> list[data.Finding]:
-    """Compare a folder with RGBNT100 as published. `decode=False` skips reading the images."""
+    """Compare the folder `root` with RGBNT100 as published. `decode=False` skips reading the images."""
     return check(RGBNT100, root, decode=decode)
 
 
 @register("dataset_checker", paper="MSVR310 (Zheng et al., Information Fusion 2023)")
 def msvr310(root: str, decode: bool = True) -> list[data.Finding]:
-    """Compare a folder with MSVR310 as published. `decode=False` skips reading the images."""
+    """Compare the folder `root` with MSVR310 as published. `decode=False` skips reading the images."""
     return check(MSVR310, root, decode=decode)

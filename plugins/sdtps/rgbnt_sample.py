@@ -130,7 +130,7 @@ def rgbnt_sample(
 
 @register("dataset_checker", paper="layout of RGBNT201 (Zheng et al., AAAI 2021); images are generated")
 def rgbnt_sample_files(root: str) -> list[data.Finding]:
-    """Compare a generated sample with its own manifest: counts, and every byte of its images."""
+    """Compare the generated sample in `root` with its own manifest: counts, and every byte of its images."""
     try:
         manifest = samples.read_manifest(root)
         if manifest is None:
