@@ -1,0 +1,61 @@
+"""docs/results.md is what the stored ledger says, the stored ledger is of the claims as they stand, and the READMEs quote it."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+_spec = importlib.util.spec_from_file_location("make_results", DOCS / "make_results.py")
+make_results = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(make_results)
+
+
+@pytest.fixture(scope="module")
+def ledger():
+    return json.loads((DOCS / "results.json").read_text(encoding="utf-8"))
+
+
+def test_page_and_quotes_are_up_to_date(capsys):
+    assert make_results.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_nothing_in_the_stored_ledger_was_a_surprise_or_a_failure(ledger):
+    assert all(case["passed"] for case in ledger["golden"])
+    assert len(ledger["golden"]) == len(list((DOCS.parent / "tests" / "golden").glob("*.safetensors")))
+    assert not [row["id"] for row in ledger["rows"] if row["standing"] == "check failed" or row["note"].startswith("CHANGED")]
+    assert not ledger["problems"]
+
+
+def test_a_number_of_the_page_is_a_number_of_the_ledger(ledger):
+    page = make_results.page(ledger)
+    for row in ledger["rows"]:
+        if row["kind"] == "published":
+            assert f"{row['expected']} | {row['found'] or '–'} | {row['standing']} |" in page
+        elif row["standing"] in ("refuted", "depends"):
+            assert row["found"].replace("|", "\\|") in page
+    assert "`ROOT`, `TAGS`, `PRETRAINED`, `CLIP_WEIGHTS`, `CLIP_VOCABULARY`" in page
+    assert f"{len(ledger['golden'])} of {len(ledger['golden'])} golden cases agree" in page
+
+
+def test_the_head_counts_every_row_once(ledger):
+    lines = make_results.head(ledger).splitlines()[2:]
+    assert sum(int(cell) for line in lines for cell in line.strip("| ").split(" | ")[1:]) == len(ledger["rows"])
+
+
+def test_a_claim_that_changed_or_is_new_makes_the_ledger_stale(ledger):
+    assert make_results.behind(ledger) == []
+    other = copy.deepcopy(ledger)
+    other["rows"][0]["statement"] += "!"
+    gone = other["rows"].pop()
+    assert len(make_results.behind(other)) == 2
+    assert any(gone["id"] in name for name in make_results.behind(other))
+
+
+def test_a_quote_is_filled_between_its_markers_and_nowhere_else(ledger):
+    text = "a\n<!-- ledger -->\nold\n<!-- end ledger -->\nz"
+    made = make_results.quoted(text, ledger)
+    assert made == f"a\n<!-- ledger -->\n{make_results.head(ledger)}\n<!-- end ledger -->\nz"
+    assert make_results.quoted("no marker", ledger) == "no marker"
