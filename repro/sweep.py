@@ -1,14 +1,14 @@
 """Many runs of one config, here or on SLURM. The same request finds what is done and does the rest.
 
 repro sweep --gin FILE --grid "sdtps.TokenSparse.sparse_ratio=0.3,0.5,0.7" --grid "SEED=0..2"
-repro sweep --gin FILE --preset "full:" --preset "no gate: sdtps.TokenSparse.gate=False" --grid "SEED=0..2"
-repro sweep --gin FILE --grid "LR=1e-3,1e-4; WARMUP=0.1,0.2"        LR and WARMUP move together
+repro sweep --gin FILE --preset "full:" --preset "mean: sdtps.TokenSparse.score='mean'" --grid "SEED=0..2"
+repro sweep --gin FILE --grid "LR=4e-3,2e-3; STEPS=120,240"         LR and STEPS move together
 repro sweep --sweep FILE                                            the request from a file of keys (below)
 repro sweep … --dry-run                                             the table of runs and their cost; nothing starts
 repro sweep … --launcher slurm --cluster one_gpu --slurm time=120   one array; returns when it is submitted
 repro sweep --resume SWEEP [--only-failed]                          what is not finished, from the sweep's folder
 
-A sweep file: GIN = 'gin/x.gin'; SET = ['STEPS=100']; GRID = ['SEED=0..2']; PRESETS = {'full': [], 'no gate': ['a.B.gate=False']}
+A sweep file: GIN = 'gin/x.gin'; SET = ['STEPS=100']; GRID = ['SEED=0..2']; PRESETS = {'full': [], 'mean': ["a.B.score='mean'"]}
 """
 
 from __future__ import annotations
