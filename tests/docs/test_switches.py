@@ -23,7 +23,7 @@ def choices(annotation):
     found, plain = [], False
     for node in ast.walk(ast.parse(annotation or "None", mode="eval")):
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal":
-            found += [e.value for e in (node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice])]
+            found += [ast.literal_eval(e) for e in (node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice])]
         plain |= isinstance(node, ast.Name) and node.id == "bool"
     return [*found, *([True, False] if plain else [])] or None
 

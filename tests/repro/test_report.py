@@ -285,6 +285,29 @@ def test_the_page_fetches_nothing_and_escapes_everything(tmp_path):
     assert "Generated sample." in page
 
 
+def test_two_runs_are_compared_in_what_was_asked_where_they_ran_results_and_cost(tmp_path, capsys):
+    root = tmp_path / "runs"
+    planned(root, "gin/x.gin", {"b": [["preset", "half"], ["SEED", "0"]]})
+    a = make(root, "a", effective(0.3, 0), {"m": 0.25, "only a": 1.0})
+    b = make(root, "b", effective(0.5, 0), {"m": 0.5})
+    (b / "data.json").write_text(json.dumps({"name": "other"}))
+    (b / "profile.json").write_text(json.dumps({"model": {"macs": 1234, "parameters": 7}}))
+    assert cli.main(["compare", str(a), str(b)]) == 0
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in (
+        "parameter a b (half)",
+        "sdtps.TokenSparse.sparse_ratio 0.3 0.5",
+        "m 0.2500 0.5000 0.2500",
+        "only a 1.0000 – –",
+        "data toy other",
+        "MACs – 1,234 –",
+    ):
+        assert line in said
+    assert not any(line.startswith("commit") for line in said)  # both ran the same
+    assert cli.main(["compare", str(root), str(b)]) == 2
+    assert "holds 2 runs" in capsys.readouterr().err
+
+
 def test_bad_requests_are_one_line(tmp_path, sweep, capsys):
     (tmp_path / "void").mkdir()
     for words, said in (
