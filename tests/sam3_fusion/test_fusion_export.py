@@ -16,15 +16,7 @@ def parts(size, layers=1, **options):
     return fusion_parts(encoder, decoder, PromptScorer(16, 24), size)
 
 
-def test_onnx_runtime_gives_pytorchs_numbers_at_other_batches_and_prompts(tmp_path):
-    pytest.importorskip("onnxruntime")
-    tried = [{"batch": b, "tokens": t} for b, t in [(2, 5), (1, 1), (3, 9)]]
-    # two decoder layers: ONNX's optimiser has broken what it joins between layers
-    done = export.export(parts((8, 8), layers=2), tmp_path, ("onnx",), sizes=lambda part: tried)
-    assert [e.part for e in done] == ["encoder", "decoder", "scorer"]
-    assert max(e.worst for e in done) < 1e-5
-
-
+# The 8×8 grid goes through `repro export` in tests/repro/test_export.py.
 def test_onnx_runtime_gives_pytorchs_numbers_on_the_released_grid(tmp_path):
     pytest.importorskip("onnxruntime")
     tried = [{"batch": 1, "tokens": 7}]
