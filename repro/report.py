@@ -408,6 +408,8 @@ def costs(groups: Sequence[Group]) -> Section:
         section.tables.append(Table("cost", "", columns, rows, note))
         if without:
             section.paragraphs.append(f"No profile: {', '.join(without[:DETAILED])}" + (" …" if len(without) > DETAILED else ""))
+    elif groups:
+        section.paragraphs.append("– (no run has a profile; runs are profiled at their end unless --no-profile is given)")
     if len(profiled) == 1:
         section.tables += _anatomy(profiled[0][1].profile["model"])
     seen: set[str] = set()
@@ -591,9 +593,10 @@ def _smoothed(points: Points, width: int) -> Points:
     return [(points[i][0], (sums[i + 1] - sums[i + 1 - width]) / width) for i in range(width - 1, len(points))]
 
 
-def _series(run: Run, name: str) -> Points:
-    """Steps and finite values of a name in `metrics.jsonl`, evaluations included."""
-    found = [(r["step"], r.get(name, (r.get("eval") or {}).get(name))) for r in run.rows if "step" in r]
+def _series(run: Run, name: str, *, evaluated: bool = False) -> Points:
+    """Steps and finite values of a name in `metrics.jsonl`: of the training steps, or of the evaluations."""
+    rows = [(r["step"], (r.get("eval") or {}) if evaluated else r) for r in run.rows if "step" in r]
+    found = [(step, row.get(name)) for step, row in rows]
     return [(s, float(v)) for s, v in found if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
 
 
@@ -638,7 +641,8 @@ def _plot(lines: Sequence[tuple[str, Sequence[Points]]], title: str, *, logarith
                 axes.plot(*zip(*_thinned(runs[0])), color=line.get_color(), alpha=0.3, linewidth=0.7)
         axes.set_xlabel("step")
         axes.set_ylabel(title)
-        if logarithmic and all(y > 0 for _, runs in lines for p in runs for _, y in p):
+        heights = [y for _, runs in lines for p in runs for _, y in p]
+        if logarithmic and min(heights) > 0 and max(heights) > 10 * min(heights):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
@@ -660,26 +664,27 @@ def curves(groups: Sequence[Group]) -> Section:
         section.paragraphs.append("– (no run has a log)")
         return section
 
-    def lines(name: str) -> list[tuple[str, list[Points]]]:
-        return [(label, [_series(run, name) for run in runs]) for label, runs in drawn]
+    def lines(name: str, *, evaluated: bool = False) -> list[tuple[str, list[Points]]]:
+        return [(label, [_series(run, name, evaluated=evaluated) for run in runs]) for label, runs in drawn]
 
     first = drawn[0][1][0]
     names = list(dict.fromkeys(n for row in first.rows[:50] for n in row if n not in ("step", "loss", "eval")))
     terms = [n for n in names if n.startswith("loss/")]
-    evaluated = gather.headline_metrics([r for _, runs in drawn for r in runs], most=4)
+    metrics = gather.headline_metrics([r for _, runs in drawn for r in runs], most=4)
     figures = [_plot(lines("loss"), "loss", logarithmic=True)]
     if len(drawn) == 1:
         runs = drawn[0][1]
         figures.append(
             _plot([(n.removeprefix("loss/"), [_series(r, n) for r in runs]) for n in terms], "loss terms", logarithmic=True)
         )
-        scores = [(n, [_series(r, n) for r in runs]) for n in evaluated]
+        scores = [(n, [_series(r, n, evaluated=True) for r in runs]) for n in metrics]
         if all(0 <= y <= 1 for _, of in scores for points in of for _, y in points):
             figures.append(_plot(scores, "evaluation"))
         else:
-            figures += [_plot([score], score[0]) for score in scores]
+            figures += [_plot([score], f"{score[0]}, evaluated") for score in scores]
     else:
-        figures += [_plot(lines(n), n) for n in [*evaluated, *terms[:6]]]
+        figures += [_plot(lines(n, evaluated=True), f"{n}, evaluated") for n in metrics]
+        figures += [_plot(lines(n), n) for n in terms[:6] if len(terms) > 1]
     figures += [_plot(lines(n), n) for n in [n for n in names if n not in terms][: 8 if len(drawn) == 1 else 4]]
     section.figures += [f for f in figures if f is not None]
     if len(groups) > CURVE_GROUPS:

@@ -206,6 +206,19 @@ def test_one_run_shows_its_loss_terms_even_if_its_log_begins_with_an_evaluation(
     assert [f.caption for f in section.figures] == [f"{what} over steps" for what in ("loss", "loss terms", "evaluation", "lr")]
 
 
+def test_evaluations_and_training_steps_of_one_name_are_two_curves(tmp_path):
+    rows = [row for s in range(1, 4) for row in ({"step": s, "loss": 1.0, "accuracy": 0.9}, {"step": s, "eval": {"accuracy": 0.1}})]
+    run = gather.read(make(tmp_path / "runs", "r", {}, {"accuracy": 0.1}, rows=rows))
+    assert report._series(run, "accuracy") == [(s, 0.9) for s in range(1, 4)]
+    assert report._series(run, "accuracy", evaluated=True) == [(s, 0.1) for s in range(1, 4)]
+
+
+def test_no_profile_is_said(tmp_path):
+    make(tmp_path / "runs", "r", {}, {"m": 0.1})
+    (section,) = [s for s in report.build(gather.collect([str(tmp_path / "runs")])) if s.id == "cost"]
+    assert section.paragraphs[0].startswith("– (no run has a profile")
+
+
 def test_smoothing_is_a_mean_of_the_last_points_and_bands_keep_common_steps():
     assert report._smoothed([(1, 1.0), (2, 3.0), (3, 8.0)], 2) == [(2, 2.0), (3, 5.5)]
     assert report._band([[(1, 1.0), (2, 2.0)], [(2, 4.0), (3, 1.0)]]) == ([2], [3.0], [2.0], [4.0])
