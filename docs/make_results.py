@@ -44,7 +44,7 @@ runs that differ from the recipe in nothing but data place and seed; a run on a 
 PUBLISHED = """## Published numbers
 
 `Not run` is what it says: the data sets are not here. `repro data check NAME --root DIR` compares a copy with the published counts; then
-`python -m repro.run --gin RECIPE --set NAME=…` for each name that the recipe wants, and `repro claims runs` says where you stand.
+run the recipe, with `--set` for each name that it wants, and `repro claims RUN…` says where you stand.
 """
 
 STUDIES = """## What was trained here instead
