@@ -352,25 +352,48 @@ def test_ten_thousand_folders_are_read_without_their_logs(tmp_path):
     assert sum("rows" in vars(r) for r in runs) <= report.CURVE_GROUPS
 
 
+# What the browser itself says: of each figure whether it loaded and is drawn, whether the page is wider than the screen, its colour.
+PROBE = """<script>addEventListener("load", () => {
+    document.querySelectorAll("details").forEach(d => d.open = true);
+    const seen = [...document.images].map(i => i.complete && i.naturalWidth > 50 && i.getBoundingClientRect().width > 50);
+    const root = document.documentElement;
+    const said = {seen, over: root.scrollWidth > root.clientWidth, width: innerWidth, ground: getComputedStyle(document.body).backgroundColor};
+    parent.postMessage(JSON.stringify(said), "*");
+})</script></body>"""
+# The browser's own window is never narrower than 500 pixels, so a phone is a frame.
+PHONE = """<title></title><script>onmessage = e => { document.title = e.data }</script>
+<iframe src="probe.html" style="width:390px;height:844px;border:0"></iframe>"""
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="headless Chromium is not installed")
-def test_the_page_opens_in_chromium_without_an_error_and_every_figure_is_drawn(sweep, tmp_path):
+@pytest.mark.parametrize(("scheme", "ground"), [(0, "rgb(20, 24, 28)"), (1, "rgb(255, 255, 255)")], ids=["dark", "light"])
+def test_the_page_opens_on_a_phone_without_an_error_and_every_figure_is_drawn(sweep, tmp_path, scheme, ground):
+    from PIL import Image
+
+    (sweep / "r0.3-0" / "pictures").mkdir()
+    Image.new("RGB", (1400, 300), "red").save(sweep / "r0.3-0" / "pictures" / "wide.png")
+    (sweep / "r0.3-0" / "diff.patch").write_text("+" + "long " * 200)
+    claim = {"id": "C", "statement": "word " * 40, "verdict": "holds", "measured": "x" * 300, "why": "", "source": "s"}
+    (tmp_path / "verify.json").write_text(json.dumps({"claims": [claim]}))
     out = tmp_path / "out"
-    cli.main(["report", str(sweep), "--out", str(out)])
+    cli.main(["report", str(sweep), "--out", str(out), "--claims", str(tmp_path / "verify.json")])
     page = (out / "index.html").read_text()
-    # What the browser itself says of each figure: loaded, and of which size.
-    probe = "<script>addEventListener('load',()=>{document.title='SEEN '+[...document.images].map(i=>i.complete&&i.naturalWidth>50&&i.getBoundingClientRect().width>50).join(',')+' OVER '+(document.documentElement.scrollWidth>innerWidth)})</script>"
-    (out / "probe.html").write_text(page.replace("</body>", probe + "</body>"))
+    (out / "probe.html").write_text(page.replace("</body>", PROBE))
+    (out / "phone.html").write_text(PHONE)
     command = [
         "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0",
-        "--window-size=400,900", "--virtual-time-budget=5000", "--dump-dom", f"file://{out / 'probe.html'}",
+        f"--blink-settings=preferredColorScheme={scheme}", "--window-size=600,900", "--virtual-time-budget=5000", "--dump-dom",
+        f"file://{out / 'phone.html'}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert "CONSOLE" not in done.stderr
-    title = re.search(r"<title>SEEN (.*?) OVER (.*?)</title>", done.stdout)
+    title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
     assert title, done.stdout[-500:]
-    seen = title.group(1).split(",")
-    assert len(seen) == page.count("<img ")
-    assert set(seen) == {"true"}
-    assert title.group(2) == "false"  # nothing sticks out on a phone's width; wide tables scroll inside their own box
+    said = json.loads(title.group(1))
+    assert said["seen"] == [True] * page.count("<img ")
+    assert len(said["seen"]) == 2  # the loss and the picture
+    assert said["width"] == 390
+    assert not said["over"]  # nothing sticks out; wide tables scroll inside their own box
+    assert said["ground"] == ground
