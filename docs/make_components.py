@@ -27,7 +27,7 @@ HEAD = """# Components and their options
 
 Written by `python docs/make_components.py` from the constructors and their docstrings; edit those. `sdtps.TokenSparse.beta` is how a
 gin file or `--set` names an option. "Elsewhere" is what the gin files of this repository bind to it
-and is not the default, with one file for each value.
+and is not the default, with one file for each value; left out for the core, whose options say how a run is made.
 """
 
 _NAMED = re.compile(r"^(\w+(?:, \w+)*): (.*)$")
@@ -170,7 +170,7 @@ def page() -> str:
         own = sorted((c for c in components if c.plugin == plugin), key=lambda c: (c.kind, c.name))
         count = sum(len(c.parameters) for c in own)
         parts.append(f"## {plugin}\n\n{len(own)} components, {count} options.")
-        parts += [section(c, elsewhere) for c in own]
+        parts += [section(c, elsewhere if plugin != "core" else {}) for c in own]  # how a run is made stands in its recipe
     return "\n\n".join(p.rstrip() for p in parts) + "\n"
 
 
