@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import re
 import shlex
@@ -53,7 +54,16 @@ TINY = {
     "token_merging:rgbnt.gin": (*REID, "ROOT={rgbnt}", "sdtps.CLIPVisionTransformer.layers=1"),
     "token_merging:pruned.gin": (*REID, "ROOT={rgbnt}", "LAYERS=2"),
     "gin/sam_nyu.gin": (*ROOMS, "ROOT={rooms}"),
-    "gin/sap_pacs.gin": (*TRAINING, "EPOCHS=1", "EPISODES=1", "WIDTHS=(4, 4, 8, 8)", "IMAGE=24", "N_QUERY=2", "ROOT={pacs}"),
+    "gin/sap_pacs.gin": (
+        *TRAINING,
+        "EPOCHS=1",
+        "EPISODES=1",
+        "WIDTHS=(4, 4, 8, 8)",
+        "IMAGE=24",
+        "N_QUERY=2",
+        "sap.FewShot.eval_episodes=2",
+        "ROOT={pacs}",
+    ),
     "gin/sam3_fusion.gin": SCENES,
     "my_paper:base.gin": ("STEPS=2",),
 }
@@ -223,8 +233,8 @@ class Place:
         (folder / "tests" / "golden").mkdir(parents=True)
         for case in ("sap_clipped", "reid_eval_scene"):
             shutil.copy(TOP / "tests" / "golden" / f"{case}.safetensors", folder / "tests" / "golden")
-        self.finished = {}
         (folder / "papers").mkdir()
+        (folder / "docs").mkdir()
         (folder / "site").mkdir()
 
     def installed(self, document):
@@ -257,6 +267,14 @@ class Place:
         assert done.status in status, f"repro {shlex.join(map(str, words))}\n{done.err}{done.out[-2000:]}"
         return done
 
+    def once(self, *words, owner="", folder=None, status=(0,)):
+        """`repro WORDS` where the document's reader is; what ran already is not run again."""
+        used = EXAMPLE if any("token_merging" in str(word) for word in words) else owner if owner == TEMPLATE else ""
+        key = (used, *map(str, words))
+        if key not in self.done:
+            self.done[key] = self.do(*words, before=self.installed(used), folder=folder, status=status)
+        return self.done[key]
+
     def sample(self, name):
         if name not in self._samples:
             maker = {"pacs": "pacs-sample", "rooms": "rgbd-sample", "scenes": "shapes-sample"}[name]
@@ -269,18 +287,11 @@ class Place:
         """`--set` words that make a run of the file small."""
         return sets(re.sub(r"\{(\w+)\}", lambda m: str(self.sample(m[1])), s) for s in TINY[gin])
 
-    def run(self, stem, *settings):
-        """A finished run whose folder's name begins with the stem."""
-        key = (stem, *settings)
-        if key not in self.finished:
-            (gin,) = (g for g in TINY if Path(g.rpartition(":")[2]).stem == stem)
-            owner = {"token_merging": EXAMPLE, "my_paper": TEMPLATE}.get(gin.partition(":")[0], "")
-            out = Path("runs") / f"{stem}-{len(self.finished):08x}"
-            self.do(
-                "run", "--gin", gin, *self.tiny(gin), *sets(settings), "--no-profile", "--out", out, before=self.installed(owner)
-            )
-            self.finished[key] = str(out)
-        return self.finished[key]
+    def run(self, stem):
+        """A finished run whose folder's name begins with the stem: the one that the documented command makes."""
+        (gin,) = (g for g in TINY if Path(g.rpartition(":")[2]).stem == stem)
+        done = self.once("run", "--gin", gin, *self.tiny(gin), "--no-profile")
+        return re.search(r"^run folder +(\S+)", done.out, re.M)[1]
 
     def sweep(self):
         name = "documented"
@@ -288,6 +299,11 @@ class Place:
             gin = "gin/sdtps_rgbnt.gin"
             self.do("sweep", "--gin", gin, *self.tiny(gin), "--grid", "SEED=1", "--no-profile", "--name", name)
         return name
+
+    def another(self):
+        """The run folder of the sweep: the main job with another seed."""
+        made = json.loads((self.folder / "runs" / "sweeps" / self.sweep() / "sweep.json").read_text())
+        return str(Path("runs") / made["runs"][0]["name"])
 
     def outcome(self, name):
         path = self.folder / name
@@ -323,7 +339,6 @@ class Rules:
 
     def __init__(self, place, said):
         self.place, self.said = place, said
-        self.before = place.installed(said.where)
         self.folder = place.package() if said.where == TEMPLATE else place.folder
 
     def carry_out(self, words):
@@ -341,11 +356,7 @@ class Rules:
         return rule(*words[1:])
 
     def do(self, *words, status=(0,)):
-        """Run `repro WORDS` where the document's reader is; what ran already is not run again."""
-        key = (self.folder, self.said.where == EXAMPLE, *map(str, words))
-        if key not in self.place.done:
-            self.place.done[key] = self.place.do(*words, before=self.before, folder=self.folder, status=status)
-        return self.place.done[key]
+        return self.place.once(*words, owner=self.said.where, folder=self.folder, status=status)
 
     def small(self, words, overrides, gin):
         """The words, with what they set replaced by the tiny size where both set the same."""
@@ -494,7 +505,7 @@ class Rules:
             return [place.outcome("verify.json") if before == "--claims" else "written.out"]
         real = {
             "FILE": "gin/sdtps_rgbnt.gin", "RECIPE": "gin/sdtps/rgbnt201.gin", "gin/x.gin": "gin/sdtps_rgbnt.gin", "PLUGIN": "sap",
-            "my_paper": "my_paper", "NAME=VALUE": "SEED=0", "NAME=A,B": "SEED=0,1", "ROOT=…": "ROOT=/data/any",
+            "my_paper": "my_paper", "NAME=VALUE": "STEPS=3", "NAME=…": "ROOT=/data/any", "NAME=A,B": "SEED=0,1", "ROOT=…": "ROOT=/data/any",
         }  # fmt: skip
         if before == "--baseline":
             return ["sdtps_rgbnt"]
@@ -513,7 +524,7 @@ class Rules:
                 {"verify": "tests/golden", "export": "made"}.get(verb, "made") if before != "--run" else place.run("sam3_fusion")
             ]
         if word == "runs/b" or (word == "RUN" and before == "RUN"):
-            return [place.run("sdtps_rgbnt", "SEED=5")]
+            return [place.another()]
         if word in ("RUN", "RUN…", "runs/a", "[RUN…]"):
             if verb == "cancel":
                 return ["sdtps_rgbnt"]
