@@ -60,7 +60,8 @@ TINY = {
         "EPISODES=1",
         "WIDTHS=(4, 4, 8, 8)",
         "IMAGE=24",
-        "N_QUERY=2",
+        "K_SHOT=1",
+        "N_QUERY=1",
         "sap.FewShot.eval_episodes=2",
         "ROOT={pacs}",
     ),
@@ -71,7 +72,7 @@ MAKERS = {
     "rgbnt-sample": (
         "train_identities=6", "train_cameras=2", "train_images=2", "test_identities=4", "test_images=2", "sharing=1", "height=64", "width=32",
     ),
-    "pacs-sample": ("per_cell=12", "size=24"),
+    "pacs-sample": ("per_cell=6", "size=24"),
     "rgbd-sample": ("train=4", "test=2", "height=32", "width=32"),
     "shapes-sample": ("train=12", "test=2"),
 }  # fmt: skip
@@ -643,6 +644,8 @@ class Rules:
 
     def verb_export(self, words):
         args = self.parsed("export", words)
+        if self.said.where == "docs/commands.md":  # each form at a small size: tests/repro/test_export.py
+            return args.gin and configs.draft(args.gin).config(args.overrides)
         small = [] if args.only else ["--only", "scorer"]
         if args.gin:
             words = self.small(words, args.overrides, args.gin)
