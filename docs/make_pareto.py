@@ -32,7 +32,7 @@ HEAD = """# Fewer tokens inside the tower: accuracy against compute
 
 SDTPS stands after the backbone and saves nothing there. Here the same selection stands *inside* the small tower of the sample, after block 1
 of 4, so that three blocks see only what is kept; beside it token merging in the manner of ToMe (`examples/token_merging`) in the same
-place, with the same number of tokens left. Written by `python docs/make_pareto.py runs/pareto`, whose head has the commands that train.
+place. Selection leaves one token more than merging at the same share: the extra token that pools what it dropped. Written by `python docs/make_pareto.py runs/pareto`, whose head has the commands that train.
 
 Generated sample, 120 steps; mAP is mean ± standard deviation over seeds (their number in brackets). GMACs are those of the whole network for one
 sample of three spectra. Latency: {batch} samples, one thread of {device}, median of {repeats} forwards, all models in one process.

@@ -292,7 +292,7 @@ class Place:
         """A finished run whose folder's name begins with the stem: the one that the documented command makes."""
         (gin,) = (g for g in TINY if Path(g.rpartition(":")[2]).stem == stem)
         done = self.once("run", "--gin", gin, *self.tiny(gin), "--no-profile")
-        return re.search(r"^run folder +(\S+)", done.out, re.M)[1]
+        return re.search(r"^run folder:? +(\S+)", done.out, re.M)[1]
 
     def sweep(self):
         name = "documented"
