@@ -63,7 +63,7 @@ def test_two_ranks_are_one(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.start_processes(_rank, args=(port, str(tmp_path)), nprocs=2, start_method="fork")
+    mp.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
     norm, x, cotangent = case()
     twin = nn.BatchNorm2d(3, eps=1e-3)
