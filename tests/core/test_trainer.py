@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from toy import Toy, train
@@ -32,19 +33,14 @@ def assert_same_run(a, b):
 
 def killed_at(path, step, task=Toy, **options):
     """Train in a child process that gets SIGKILL in the middle of a step."""
-    child = os.fork()
-    if child == 0:
 
-        class Dies(task):
-            def losses(self, model, batch, now):
-                if now == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return super().losses(model, batch, now)
+    class Dies(task):
+        def losses(self, model, batch, now):
+            if now == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().losses(model, batch, now)
 
-        train(path, Dies, **options)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
+    assert children.run(lambda: train(path, Dies, **options) and 0) == -signal.SIGKILL
 
 
 def test_the_loop_learns(tmp_path):

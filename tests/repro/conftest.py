@@ -1,12 +1,8 @@
 """The main job at a tiny size, run through the real command line in child processes that do not import torch again."""
 
-import multiprocessing
-import os
-import sys
-import traceback
 from pathlib import Path
 
-import cloudpickle
+import children
 import pytest
 
 TINY = (
@@ -40,37 +36,6 @@ class Done:
         self.status, self.out, self.err = status, out, err
 
 
-# Children are forked from a server that has imported everything and computed nothing: a process that has already used
-# OpenMP's threads, as this one may have, leaves a child waiting for them for ever.
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(
-    [
-        *("torch", "torch.utils.tensorboard", "rich.table", "PIL.Image", "einops", "jaxtyping", "scipy.ndimage"),
-        *("core.trainer", "core.profile", "repro.run", "repro.show", "repro.cli"),
-    ]
-)
-
-
-def _child(words, before, folder, environment, out, err):
-    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
-    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    status = 99
-    try:
-        cloudpickle.loads(before)()
-        from repro import cli
-
-        status = cli.main(words)
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 @pytest.fixture
 def command(tmp_path):
     """Run `repro WORDS` in a child process; `before` is called there first. Returns status (negative: a signal), out, err."""
@@ -80,11 +45,16 @@ def command(tmp_path):
         nonlocal count
         count += 1
         out, err = tmp_path / f"{count}.out", tmp_path / f"{count}.err"
-        given = cloudpickle.dumps(before or (lambda: None))
-        child = _server.Process(target=_child, args=(list(words), given, folder or os.getcwd(), dict(os.environ), out, err))
-        child.start()
-        child.join()
-        return Done(child.exitcode, out.read_text(), err.read_text())
+
+        def child():
+            if before is not None:
+                before()
+            from repro import cli
+
+            return cli.main(list(words))
+
+        status = children.run(child, folder=folder, out=out, err=err)
+        return Done(status, out.read_text(), err.read_text())
 
     return run
 
