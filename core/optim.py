@@ -156,4 +156,10 @@ def SGD(
     if nesterov and momentum == 0:
         raise ValueError("optim.SGD.nesterov needs a momentum above 0")
     groups, fused = _resolve(params, lr, decay_vectors)
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused)
+    if momentum:
+        # The fused kernel makes its buffers with `empty_like` and leaves them unwritten where a flag stops the first step:
+        # the second then adds whatever lay in memory. From zero the first step is the same, momentum * 0 + g = g.
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
