@@ -7,8 +7,9 @@ python docs/make_commands.py --check     say whether it is up to date (exit stat
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+import generated
 
 from repro import cli
 
@@ -63,16 +64,7 @@ def cell(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is stale")
-    wanted = page()
-    if parser.parse_args(argv).check:
-        fresh = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == wanted
-        if not fresh:
-            print(f"error: {PAGE} is stale; run python docs/make_commands.py", file=sys.stderr)
-        return int(not fresh)
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return generated.main(__file__, __doc__ or "", lambda: {PAGE: page()}, argv)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ An option's meaning is what the docstring says of it under `Args:`; what the gin
 
 from __future__ import annotations
 
-import argparse
 import ast
 import functools
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import generated
 
 from core import config, registry
 
@@ -175,16 +175,7 @@ def page() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is stale")
-    wanted = page()
-    if parser.parse_args(argv).check:
-        fresh = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == wanted
-        if not fresh:
-            print(f"error: {PAGE} is stale; run python docs/make_components.py", file=sys.stderr)
-        return int(not fresh)
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return generated.main(__file__, __doc__ or "", lambda: {PAGE: page()}, argv)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ python docs/make_profiles.py --check     say whether it is up to date (exit stat
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import generated
 
 PAGE = Path(__file__).with_name("profiles.md")
 RECIPES = (
@@ -54,17 +55,5 @@ def page() -> str:
     return HEAD + "\n".join(row(recipe) for recipe in RECIPES) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="compare only")
-    if not parser.parse_args().check:
-        PAGE.write_text(page(), encoding="utf-8")
-        return 0
-    if PAGE.read_text(encoding="utf-8") == page():
-        return 0
-    print(f"error: {PAGE.name} is not what the recipes compute; run python docs/make_profiles.py", file=sys.stderr)
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(generated.main(__file__, __doc__ or "", lambda: {PAGE: page()}))

@@ -10,13 +10,14 @@ A README asks for the head by two lines, `<!-- ledger -->` and `<!-- end ledger 
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import generated
 
 from core import claims, config, registry
 from repro.claims import STANDINGS
@@ -140,24 +141,15 @@ def behind(ledger: dict[str, Any]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if anything is stale")
-    check = parser.parse_args(argv).check
     ledger = json.loads(LEDGER.read_text(encoding="utf-8"))
-    wanted = {PAGE: page(ledger)}
-    wanted |= {path: quoted(path.read_text(encoding="utf-8"), ledger) for path in QUOTING if path.is_file()}
-    if not check:
-        for path, text in wanted.items():
-            path.write_text(text, encoding="utf-8")
-    stale = [p.name for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
-    for name in stale:
-        print(f"error: {name} is stale; run python docs/make_results.py", file=sys.stderr)
+    pages = {PAGE: page(ledger)} | {p: quoted(p.read_text(encoding="utf-8"), ledger) for p in QUOTING if p.is_file()}
+    status = generated.main(__file__, __doc__ or "", lambda: pages, argv)
     changed = behind(ledger)
     for name in changed:
         print(
             f"error: docs/results.json is stale ({name}); python docs/make_results.py --help says how it is made", file=sys.stderr
         )
-    return int(bool(stale or changed))
+    return int(bool(status or changed))
 
 
 if __name__ == "__main__":

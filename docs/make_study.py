@@ -38,7 +38,7 @@ def table(groups: list[gather.Group], want: dict[str, Any]) -> str:
     rows = [head, ["---"] * len(head)]
     for group in groups:
         cells = [gather.spread(group, metric) for metric in metrics]
-        row = [group.label] + [re.sub(r" \(n=\d+\)$", "", cell.text(want.get("digits", 3))) for cell in cells]
+        row = [group.label] + [cell.text(want.get("digits", 3), brief=True) for cell in cells]
         if base:
             p = None if group is base else gather.paired(group, base, metrics[0])[0]
             row.append("–" if p is None else f"{p:.2f}" if p >= 0.01 else f"{p:.0e}")

@@ -45,6 +45,16 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
+def config_options(
+    parser: argparse._ActionsContainer, *, file: bool = True, required: bool = True, told: str = "override a macro or a parameter"
+) -> None:
+    """The options of every verb that reads a config: `--gin` (unless the verb asks for its file otherwise), `--set`, `--allow-import`."""
+    if file:
+        parser.add_argument("--gin", required=required, metavar="FILE", help="a gin file: a path, gin/NAME.gin, or PLUGIN:FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="overrides", help=f"{told} (repeatable)")
+    parser.add_argument("--allow-import", action="store_true", help="let the gin file import modules outside the plugins")
+
+
 def expected_errors() -> tuple[type[BaseException], ...]:
     """Errors that are the user's news rather than ours; a type is looked up only where its module is loaded already."""
     found: list[type[BaseException]] = [ValueError, OSError, FloatingPointError]

@@ -13,23 +13,16 @@ from pathlib import Path
 
 from core import config as configs
 from core import record
+from repro import cli
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="a gin file, or the word diff")
     parser.add_argument("runs", nargs="*", help="with diff: two run folders or gin files")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="overrides",
-        help="override a macro or a parameter (repeatable)",
-    )
+    cli.config_options(parser, file=False)
     parser.add_argument(
         "--why", action="append", default=[], metavar="NAME", help="where the value of a macro or parameter comes from (repeatable)"
     )
-    parser.add_argument("--allow-import", action="store_true", help="let the gin file import modules outside the plugins")
 
 
 def effective(name: str) -> dict[str, str]:
@@ -74,6 +67,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    from repro.cli import verb
-
-    raise SystemExit(verb("config"))
+    raise SystemExit(cli.verb("config"))

@@ -17,20 +17,14 @@ from typing import Any
 
 from core import config as configs
 from core import record
+from repro import cli
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", metavar="DIR", help="a run folder; its best checkpoint is exported")
     source.add_argument("--gin", metavar="FILE", help="a gin file; its model with initial weights, or those of --weights")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="overrides",
-        help="with --gin: override a macro or a parameter (repeatable)",
-    )
+    cli.config_options(parser, file=False, told="with --gin: override a macro or a parameter")
     parser.add_argument("--weights", metavar="FILE", help="with --gin: a checkpoint, run folder or weight file to load strictly")
     parser.add_argument("--out", metavar="DIR", help="where the files go (default: export/ in the run folder, or runs/export/NAME)")
     parser.add_argument("--format", nargs="+", choices=("torch", "onnx"), default=["torch", "onnx"], help="default: both")
@@ -43,7 +37,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="sizes of the named axes to compare at (repeatable; default: the example's, all ones, and each axis longer)",
     )
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="largest difference allowed (default 1e-4)")
-    parser.add_argument("--allow-import", action="store_true", help="let the gin file import modules outside the plugins")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -143,6 +136,4 @@ def _trained(run: Path, args: argparse.Namespace) -> tuple[Any, Path, str]:
 
 
 if __name__ == "__main__":
-    from repro.cli import verb
-
-    raise SystemExit(verb("export"))
+    raise SystemExit(cli.verb("export"))

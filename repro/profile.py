@@ -16,25 +16,16 @@ from typing import Any
 
 from core import config as configs
 from core import record
-from repro import show
+from repro import cli, show
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gin", required=True, metavar="FILE", help="a gin file: a path, gin/NAME.gin, or PLUGIN:FILE")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="overrides",
-        help="override a macro or a parameter (repeatable)",
-    )
+    cli.config_options(parser)
     parser.add_argument("--count", action="store_true", help="count only, on the meta device: no weights, no data, no timing")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="samples in the profiled batch (default 1)")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="timed forwards (default 10)")
     parser.add_argument("--depth", type=int, default=2, metavar="N", help="levels of the module tree to print (default 2)")
     parser.add_argument("--json", metavar="FILE", help="also write the profile as JSON")
-    parser.add_argument("--allow-import", action="store_true", help="let the gin file import modules outside the plugins")
 
 
 def build(config: configs.Config) -> Any:
@@ -116,6 +107,4 @@ def of_task(task: Any, model: Any, *, batch: int = 1, repeats: int = 5, timed: b
 
 
 if __name__ == "__main__":
-    from repro.cli import verb
-
-    raise SystemExit(verb("profile"))
+    raise SystemExit(cli.verb("profile"))

@@ -17,24 +17,15 @@ from typing import Any
 
 from core import config as configs
 from core import record
-from repro import show
+from repro import cli, show
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gin", required=True, metavar="FILE", help="a gin file: a path, gin/NAME.gin, or PLUGIN:FILE")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="overrides",
-        help="override a macro or a parameter (repeatable)",
-    )
+    cli.config_options(parser)
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
     parser.add_argument("--out", metavar="DIR", help="this very run folder instead of one named by hash")
     parser.add_argument("--fresh", action="store_true", help="throw away what the run folder holds and start over")
     parser.add_argument("--no-profile", action="store_true", help="do not count FLOPs and measure latency after training")
-    parser.add_argument("--allow-import", action="store_true", help="let the gin file import modules outside the plugins")
     parser.add_argument("--wandb", metavar="PROJECT", help="mirror scalars to Weights & Biases (extra wandb)")
     parser.add_argument("--quiet", action="store_true", help="print the result only")
 
@@ -173,6 +164,4 @@ def _extras(run: record.RunFolder, task: Any, model: Any, args: argparse.Namespa
 
 
 if __name__ == "__main__":
-    from repro.cli import verb
-
-    raise SystemExit(verb("run"))
+    raise SystemExit(cli.verb("run"))

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from core import config as configs
 from core import record
 from core.console import duration
-from repro import status
+from repro import cli, status
 from slurm import grid, job, local_queue, profile, submit, sweep
 
 _KEYS = {"GIN": "str", "SET": "list[str]", "GRID": "list[str]", "PRESETS": "dict[str, list[str]]", "NAME": "str"}
@@ -36,10 +36,7 @@ _KEYS = {"GIN": "str", "SET": "list[str]", "GRID": "list[str]", "PRESETS": "dict
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what")
-    what.add_argument("--gin", metavar="FILE", help="a gin file: a path, gin/NAME.gin, or PLUGIN:FILE")
-    what.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", dest="overrides", help="override for every run (repeatable)"
-    )
+    cli.config_options(what, required=False, told="override for every run")
     what.add_argument(
         "--grid",
         action="append",
@@ -62,7 +59,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--name", metavar="NAME", help="name of the sweep (default: file and hash)")
     what.add_argument("--dry-run", action="store_true", help="show the table of runs and their cost; write and start nothing")
     what.add_argument("--no-profile", action="store_true", help="no FLOP profile (else it is made once a configuration)")
-    what.add_argument("--allow-import", action="store_true", help="let the gin file import modules outside the plugins")
     here = parser.add_argument_group("where")
     here.add_argument(
         "--launcher", choices=("local", "slurm"), default="local", help="a queue on this machine, or SLURM (default: local)"
@@ -263,6 +259,4 @@ def _shower(found: sweep.Sweep, total: int) -> Callable[[local_queue.LocalQueue]
 
 
 if __name__ == "__main__":
-    from repro.cli import verb
-
-    raise SystemExit(verb("sweep"))
+    raise SystemExit(cli.verb("sweep"))

@@ -1,19 +1,16 @@
 """docs/components.md names every option of every registered constructor, with its default and a meaning."""
 
-import importlib.util
 import inspect
 import re
 import sys
 from pathlib import Path
 
+import make_components
 import pytest
 
 from core import registry
 
 DOCS = Path(__file__).parents[2] / "docs"
-_spec = importlib.util.spec_from_file_location("make_components", DOCS / "make_components.py")
-make_components = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(make_components)
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,13 @@
 """docs/results.md is what the stored ledger says, the stored ledger is of the claims as they stand, and the READMEs quote it."""
 
 import copy
-import importlib.util
 import json
 from pathlib import Path
 
+import make_results
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-_spec = importlib.util.spec_from_file_location("make_results", DOCS / "make_results.py")
-make_results = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(make_results)
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,13 @@
 """docs/commands.md is what the parsers say, for every verb and every option."""
 
-import importlib.util
 from pathlib import Path
 
+import make_commands
 import pytest
 
 from repro import cli
 
 DOCS = Path(__file__).parents[2] / "docs"
-_spec = importlib.util.spec_from_file_location("make_commands", DOCS / "make_commands.py")
-make_commands = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(make_commands)
 
 
 def test_the_page_is_up_to_date():
