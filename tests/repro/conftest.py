@@ -4,31 +4,14 @@ from pathlib import Path
 
 import children
 import pytest
+import tiny_job
 
-TINY = (
-    "STEPS=6", "trainer.train.threads=1", "trainer.train.log_every=2", "trainer.train.eval_first=False", "sdtps.PKPlan.identities=3",
-    "sdtps.PKPlan.instances=2", "sdtps.CLIPVisionTransformer.width=16", "sdtps.CLIPVisionTransformer.layers=1", "sdtps.CLIPVisionTransformer.heads=2",
-)  # fmt: skip
+TINY = ("STEPS=6", "trainer.train.log_every=2", *tiny_job.OVERRIDES)
 
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
-    """A tiny sample in RGBNT201's layout, made by the registered maker."""
-    from plugins.sdtps.rgbnt_sample import rgbnt_sample
-
-    root = tmp_path_factory.mktemp("data") / "RGBNT201"
-    rgbnt_sample(
-        str(root),
-        train_identities=6,
-        train_cameras=2,
-        train_images=2,
-        test_identities=4,
-        test_images=2,
-        sharing=1,
-        height=64,
-        width=32,
-    )
-    return root
+    return tiny_job.sample(tmp_path_factory.mktemp("data") / "RGBNT201")
 
 
 class Done:

@@ -114,6 +114,7 @@ def test_no_waiting():
     images = torch.randn(2, 3, 32, 32)
     with NoWaiting():
         classifier(encoder(images)).sum().backward()
+    assert all(p.grad is not None for module in (encoder, classifier) for p in module.parameters())
 
 
 def test_bad_sizes_are_errors():

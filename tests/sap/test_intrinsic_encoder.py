@@ -159,6 +159,7 @@ def test_no_waiting():
     images = torch.randn(4, 3, 32, 32)
     with NoWaiting():
         encoder(images).sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
 
 
 def test_odd_widths_find_their_group_count():

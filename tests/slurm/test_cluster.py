@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import sleepy_plugin
+import tiny_job
 import torch
 from filelock import FileLock, Timeout
 
@@ -138,25 +139,8 @@ def assert_same(straight, found):
 
 
 def test_an_array_of_the_main_job_gives_the_table_that_this_machine_gives(tmp_path):
-    from plugins.sdtps.rgbnt_sample import rgbnt_sample
-
-    data = tmp_path / "RGBNT201"
-    rgbnt_sample(
-        str(data),
-        train_identities=6,
-        train_cameras=2,
-        train_images=2,
-        test_identities=4,
-        test_images=2,
-        sharing=1,
-        height=64,
-        width=32,
-    )
-    tiny = (
-        "STEPS=4", f"ROOT={data}", "trainer.train.threads=1", "trainer.train.eval_first=False", "sdtps.PKPlan.identities=3",
-        "sdtps.PKPlan.instances=2", "sdtps.CLIPVisionTransformer.width=16", "sdtps.CLIPVisionTransformer.layers=1",
-        "sdtps.CLIPVisionTransformer.heads=2",
-    )  # fmt: skip
+    data = tiny_job.sample(tmp_path / "RGBNT201")
+    tiny = ("STEPS=4", f"ROOT={data}", *tiny_job.OVERRIDES)
     argv = ["--gin", "gin/sdtps_rgbnt.gin", *(w for t in tiny for w in ("--set", t)), "--no-profile", "--name", "main"]
     argv += ["--grid", "sdtps.TokenSparse.sparse_ratio=0.3,0.5,0.7"]
     sleepy_plugin.install(tmp_path / "here" / "plugins")
