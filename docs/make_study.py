@@ -64,7 +64,7 @@ def draw(groups: list[gather.Group], want: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(curves), 3.4), layout="constrained")
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for panel, curve in zip(panels, curves):
-        for group in groups:
+        for number, group in enumerate(groups):  # a setting has its colour in every panel, also in one without some other setting
             by_step: dict[int, list[float]] = {}
             for run in group.runs:
                 points = [(r["step"], found) for r in run.rows if (found := value(r, curve)) is not None]
@@ -74,9 +74,9 @@ def draw(groups: list[gather.Group], want: dict[str, Any], path: Path) -> None:
             if not by_step:
                 continue
             steps = sorted(by_step)
-            (line,) = panel.plot(steps, [np.mean(by_step[s]) for s in steps], label=group.label, lw=1.5)
+            panel.plot(steps, [np.mean(by_step[s]) for s in steps], color=f"C{number}", label=group.label, lw=1.5)
             low, high = ([f(by_step[s]) for s in steps] for f in (min, max))
-            panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+            panel.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, lw=0)
         panel.set_title(curve, fontsize=10)
         panel.set_xlabel("step")
         panel.grid(alpha=0.25)

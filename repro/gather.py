@@ -41,7 +41,8 @@ class Run:
         found = str(self.info.get("config", "?"))
         parts = Path(found).parts
         if parts[-2:-1] == ("base",) and parts[-4:-3] == ("sweeps",):
-            return _sweep(self.path.parent / "sweeps" / parts[-3] / "sweep.json").get("gin", found)
+            asked = (r["gin"] for r in _sweep(self.path.parent / "sweeps" / parts[-3] / "sweep.json").get("runs", ()))
+            return next((gin for gin in asked if _stem(gin) == parts[-1].removesuffix(".gin")), found)
         return found
 
     @property
@@ -133,6 +134,10 @@ def _varied(settings: Sequence[Mapping[str, str]]) -> list[str]:
     return sorted(k for k, v in values.items() if len(v) > 1)
 
 
+def _stem(gin: str) -> str:
+    return Path(gin.rpartition(":")[2]).stem
+
+
 @cache
 def _sweep(path: Path) -> dict[str, Any]:
     return record.read_json(path)
@@ -146,10 +151,9 @@ def labels(runs: Iterable[Run]) -> dict[Path, str]:
     found: dict[Path, str] = {}
     for parent in dict.fromkeys(run.path.resolve().parent for run in runs):
         for path in sorted(parent.glob("sweeps/*/sweep.json")):
-            sweep = _sweep(path)
-            for run in sweep.get("runs", ()):
+            for run in _sweep(path).get("runs", ()):
                 cells = [value if name == "preset" else f"{name} = {value}" for name, value in run["cells"] if name != "SEED"]
-                found[parent / run["name"]] = ", ".join(cells) or Path(sweep["gin"].rpartition(":")[2]).stem
+                found[parent / run["name"]] = ", ".join(cells) or _stem(run["gin"])
     return found
 
 
@@ -183,7 +187,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     made = []
     for members, settings, file in zip(keys.values(), bound, files):
         differing = {k: settings.get(k, "default") for k in varied}
-        name = Path(file.rpartition(":")[2]).stem if len(within) > 1 or not differing else ""
+        name = _stem(file) if len(within) > 1 or not differing else ""
         parts = [f"{k.rsplit('.', 1)[-1]} = {differing[k]}" for k in within[file]]
         if len(parts) > _LABELLED:
             parts = [*parts[:_LABELLED], f"… ({len(parts)} differ)"]

@@ -608,8 +608,13 @@ def _band(runs: Sequence[Points]) -> tuple[list[int], list[float], list[float], 
     return steps, [statistics.fmean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
 
 
+_DASHES = ("-", "--", "-.", ":")
+
+
 def _plot(lines: Sequence[tuple[str, Sequence[Points]]], title: str, *, logarithmic: bool = False) -> Figure | None:
     """One line a label: the mean over its runs with their range shaded. None without a curve of two points."""
+    # Numbered before any is left out: a configuration looks the same in every figure.
+    looks = {label: (f"C{number}", _DASHES[number % len(_DASHES)]) for number, (label, _) in enumerate(lines)}
     lines = [(label, [p for p in runs if len(p) > 1]) for label, runs in lines]
     lines = [(label, runs) for label, runs in lines if runs]
     if not lines:
@@ -629,16 +634,24 @@ def _plot(lines: Sequence[tuple[str, Sequence[Points]]], title: str, *, logarith
     def draw(axes: Any) -> None:
         from matplotlib.ticker import LogLocator, NullFormatter
 
-        for (label, runs), dash in zip(lines, itertools.cycle(["-", "--", "-.", ":"])):
+        for label, runs in lines:
+            colour, dash = looks[label]
             kept = [_thinned(_smoothed(p, width) if len(p) > 2 * width else p) for p in runs]
             steps, mean, low, high = _band(kept)
-            (line,) = axes.plot(
-                steps, mean, label=label[:60], linewidth=1.5, linestyle=dash, marker="o" if longest < 12 else "", markersize=3
+            axes.plot(
+                steps,
+                mean,
+                color=colour,
+                label=label[:60],
+                linewidth=1.5,
+                linestyle=dash,
+                marker="o" if longest < 12 else "",
+                markersize=3,
             )
             if len(runs) > 1:
-                axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+                axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
             elif len(lines) == 1 and width > 1:
-                axes.plot(*zip(*_thinned(runs[0])), color=line.get_color(), alpha=0.3, linewidth=0.7)
+                axes.plot(*zip(*_thinned(runs[0])), color=colour, alpha=0.3, linewidth=0.7)
         axes.set_xlabel("step")
         axes.set_ylabel(title)
         heights = [y for _, runs in lines for p in runs for _, y in p]

@@ -105,7 +105,7 @@ def _show(found: sweep.Sweep, args: argparse.Namespace) -> list[sweep.Standing]:
         listed = [{**dataclasses.asdict(r), "run": r.run.name, "cells": dict(r.run.cells)} for r in rows]
         print(record.dumps({"sweep": str(found.folder), "remark": remark, "runs": listed}, indent=2))
         return rows
-    print(f"sweep {found.folder}   ({found.gin})\n")
+    print(f"sweep {found.folder}   ({', '.join(found.files)})\n")
     print(standing_table(found, rows))
     print(f"\n{sweep.counted(rows)}")
     keeper = local_queue.controller(found.folder)

@@ -2,6 +2,7 @@
 
 repro sweep --gin FILE --grid "sdtps.TokenSparse.sparse_ratio=0.3,0.5,0.7" --grid "SEED=0..2"
 repro sweep --gin FILE --preset "full:" --preset "mean: sdtps.TokenSparse.score='mean'" --grid "SEED=0..2"
+repro sweep --gin gin/sam_nyu.gin --preset "text:" --preset "none: gin/sam/variants/no_text.gin"
 repro sweep --gin FILE --grid "LR=4e-3,2e-3; STEPS=120,240"         LR and STEPS move together
 repro sweep --sweep FILE                                            the request from a file of keys (below)
 repro sweep … --dry-run                                             the table of runs and their cost; nothing starts
@@ -49,9 +50,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="LABEL: A=1; B=2",
-        help="a named group of overrides; all presets are one axis",
+        help="a named group of overrides, and a gin file of its own if it names one; all presets are one axis",
     )
-    what.add_argument("--sweep", metavar="FILE", help="a file with GIN, SET, GRID, PRESETS; options here come on top")
+    what.add_argument(
+        "--sweep", metavar="FILE", help="a file with GIN, SET, GRID, PRESETS, found as --gin is; options here come on top"
+    )
     what.add_argument("--resume", metavar="SWEEP", help="a sweep's folder or name: what is not finished in it")
     what.add_argument("--only-failed", action="store_true", help="of these, the failed and lost runs alone")
     what.add_argument("--first", type=int, metavar="N", help="of these, the first N alone")
@@ -85,10 +88,7 @@ def request(args: argparse.Namespace) -> sweep.Sweep:
         if given:
             raise ValueError(f"--resume takes the sweep as it was planned; drop {', '.join(given).replace('--overrides', '--set')}")
         return sweep.find(args.resume, Path(args.runs))
-    keys = configs.read_keys(Path(args.sweep), _KEYS) if args.sweep else {}
-    gin = args.gin or keys.get("GIN")
-    if gin is None:
-        raise ValueError("which config? give --gin FILE (or GIN in the sweep file, or --resume SWEEP)")
+    keys = configs.read_keys(configs.locate(args.sweep), _KEYS) if args.sweep else {}
     axes = [grid.axis(text) for text in [*keys.get("GRID", []), *args.grid]]
     presets = dict(keys.get("PRESETS", {}))
     for label, overrides in map(grid.preset, args.preset):
@@ -97,8 +97,10 @@ def request(args: argparse.Namespace) -> sweep.Sweep:
         presets[label] = overrides
     if presets:
         axes.insert(0, grid.presets(presets))
+    if not axes and not (args.gin or keys.get("GIN")):
+        raise ValueError("which config? give --gin FILE (or GIN in the sweep file, or --resume SWEEP)")
     return sweep.plan(
-        gin,
+        args.gin or keys.get("GIN"),
         [*keys.get("SET", []), *args.overrides],
         axes,
         Path(args.runs),
@@ -135,6 +137,7 @@ def main(args: argparse.Namespace) -> int:
     for line in found.merged:
         print(f"note: {line}")
     if not chosen:
+        found.write()  # its runs were done by others: `repro status` and the labels of reports know it all the same
         print("nothing to do")
         if all(r.state == "finished" for r in rows):
             print(f"\n{status.results_table(found)}")
@@ -162,13 +165,14 @@ def _named(found: sweep.Sweep, args: argparse.Namespace) -> str:
 
 
 def _frozen(found: sweep.Sweep) -> None:
-    """The jobs read the config as it was planned, whatever becomes of the file: make sure that it is the same."""
-    run = found.runs[0]
-    config = configs.draft(str(found.base)).config(run.overrides)
-    if f"{config.stem}-{config.signature}" != run.name:
-        raise RuntimeError(
-            f"{found.base} does not give {run.name} any more; was it edited? Restore it, or plan the sweep again under another --name"
-        )
+    """The jobs read each config as it was planned, whatever becomes of the file: make sure that it is the same."""
+    for gin in found.files:
+        run = next(run for run in found.runs if run.gin == gin)
+        config = configs.draft(str(found.base(gin))).config(run.overrides)
+        if f"{config.stem}-{config.signature}" != run.name:
+            raise RuntimeError(
+                f"{found.base(gin)} does not give {run.name} any more; was it edited? Restore it, or plan the sweep again under another --name"
+            )
 
 
 @contextlib.contextmanager
@@ -195,7 +199,7 @@ def _dry_run(found: sweep.Sweep, rows: Sequence[sweep.Standing], chosen: Sequenc
     if not found.effective:
         found.settle_effective()
     costs = sweep.costs(found)
-    print(f"sweep {found.folder}   ({found.gin})\n")
+    print(f"sweep {found.folder}   ({', '.join(found.files)})\n")
     print(status.standing_table(found, rows, costs))
     for line in found.merged:
         print(f"note: {line}")

@@ -4,6 +4,7 @@
     NAME=0..2                 whole numbers, both ends included;  0..10..5 with a step;  0.1..0.3..0.1 too
     A=1,2,3; B=x,y,z          one axis on which A and B move together
     LABEL: A=1; B=2           a preset: a named group of overrides; all presets are one axis
+    LABEL: gin/x.gin; A=1     a preset from a file of its own, instead of the sweep's
 
 Several axes make a product; the last one varies fastest.
 """
@@ -31,19 +32,21 @@ class GridError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """What varies together: `names`, and `points` with one value (as text) a name. Presets also have `labels`."""
+    """What varies together: `names`, and `points` with one value (as text) a name. Presets also have `labels` and `files`."""
 
     names: tuple[str, ...]
     points: tuple[tuple[tuple[str, str], ...], ...]
     labels: tuple[str, ...] = ()
+    files: tuple[str | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """One point of the product: overrides for `--set`, and the cells of its row in a table."""
+    """One point of the product: overrides for `--set`, the cells of its row in a table, and its gin file if not the sweep's."""
 
     overrides: tuple[str, ...]
     cells: tuple[tuple[str, str], ...]
+    file: str | None = None
 
 
 def split(text: str, separator: str) -> list[str]:
@@ -155,20 +158,25 @@ def preset(text: str) -> tuple[str, list[str]]:
     """
     label, colon, right = text.partition(":")
     if not colon or not label.strip() or "=" in label:
-        raise GridError(f"--preset {text!r} is not LABEL: A=1; B=2")
+        raise GridError(f"--preset {text!r} is not LABEL: A=1; B=2 or LABEL: FILE.gin; A=1")
     return label.strip(), [part for part in split(right, ";") if part]
 
 
 def presets(groups: Mapping[str, Sequence[str]]) -> Axis:
-    """One axis from named groups of overrides; an empty group is the base config.
+    """One axis from named groups of overrides, each with a gin file of its own if it names one; an empty group is the base config.
 
     Raises:
-        GridError: for an override that does not parse, or a name twice in one group.
+        GridError: for an override that does not parse, or a name twice or two files in one group.
     """
     points = []
+    files: list[str | None] = []
     for label, overrides in groups.items():
         point: list[tuple[str, str]] = []
-        for override in overrides:
+        own = [text.strip() for text in overrides if text.strip().endswith(".gin") and "=" not in text]
+        if len(own) > 1:
+            raise GridError(f"preset {label!r} names {len(own)} files, {' and '.join(own)}; it can come from one")
+        files.append(own[0] if own else None)
+        for override in (text for text in overrides if text.strip() not in own):
             try:
                 name, right = _assignment(override)
             except GridError as error:
@@ -178,7 +186,7 @@ def presets(groups: Mapping[str, Sequence[str]]) -> Axis:
             point.append((name, right.strip()))
         points.append(tuple(point))
     names = tuple(dict.fromkeys(name for point in points for name, _ in point))
-    return Axis(names, tuple(points), tuple(groups))
+    return Axis(names, tuple(points), tuple(groups), tuple(files))
 
 
 def product(axes: Sequence[Axis]) -> Iterator[Combination]:
@@ -200,8 +208,10 @@ def product(axes: Sequence[Axis]) -> Iterator[Combination]:
     for chosen in itertools.product(*(range(len(a.points)) for a in axes)):
         overrides: list[str] = []
         cells: list[tuple[str, str]] = []
+        file = None
         for one, position in zip(axes, chosen):
             point = one.points[position]
             overrides += [f"{name}={value}" for name, value in point]
             cells += [("preset", one.labels[position])] if one.labels else point
-        yield Combination(tuple(overrides), tuple(cells))
+            file = one.files[position] if one.files else file
+        yield Combination(tuple(overrides), tuple(cells), file)

@@ -3,7 +3,7 @@
 A sweep has a folder RUNS/sweeps/NAME; its runs are ordinary run folders in RUNS, named by file and hash as `repro run` names
 them, so a run that is done is found whoever did it.
 
-sweep.json         the runs, each with its overrides            base/STEM.gin   the config as it was when the sweep was planned
+sweep.json         the runs, each with file and overrides       base/STEM.gin   each config as it was when the sweep was planned
 controller.json    who runs it on this machine, and since when  jobs/           submitit's files and the sbatch script (SLURM)
 """
 
@@ -47,6 +47,7 @@ class Run:
     """One run of a sweep. `cells` is what the table shows of it; runs of one `configuration` differ in the seed alone."""
 
     name: str
+    gin: str
     overrides: tuple[str, ...]
     cells: tuple[tuple[str, str], ...]
     configuration: int
@@ -54,13 +55,12 @@ class Run:
 
 @dataclasses.dataclass
 class Sweep:
-    """A planned sweep."""
+    """A planned sweep. `texts` has the canonical text of each gin file."""
 
     folder: Path
-    gin: str
     overrides: tuple[str, ...]
     runs: list[Run]
-    text: str = ""
+    texts: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
     merged: list[str] = dataclasses.field(default_factory=list)
     effective: list[dict[str, str]] = dataclasses.field(default_factory=list, repr=False)
 
@@ -74,16 +74,21 @@ class Sweep:
         return self.folder.parent.parent
 
     @property
-    def base(self) -> Path:
-        return self.folder / "base" / f"{Path(self.gin.rpartition(':')[2]).stem}.gin"
+    def files(self) -> list[str]:
+        """The gin files that its runs come from."""
+        return list(dict.fromkeys(run.gin for run in self.runs))
+
+    def base(self, gin: str) -> Path:
+        """A gin file as it was when the sweep was planned."""
+        return self.folder / "base" / f"{_stem(gin)}.gin"
 
     def path(self, run: Run) -> Path:
         return self.root / run.name
 
     def settle_effective(self) -> None:
         """The effective bindings of every run, for a sweep read from its folder."""
-        draft = configs.draft(str(self.base))
-        self.effective = [draft.config(run.overrides).effective() for run in self.runs]
+        drafts = {gin: configs.draft(str(self.base(gin))) for gin in self.files}
+        self.effective = [drafts[run.gin].config(run.overrides).effective() for run in self.runs]
 
     def columns(self) -> list[str]:
         """Names of what varies, in order."""
@@ -99,19 +104,17 @@ class Sweep:
         before = record.read_json(self.folder / FILE)
         if before and [r["name"] for r in before["runs"]] != [r.name for r in self.runs]:
             raise ValueError(
-                f"{self.folder} holds another sweep ({len(before['runs'])} runs of {before['gin']}); give another --name"
+                f"{self.folder} holds another sweep ({len(before['runs'])} runs of {before['runs'][0]['gin']}); give another --name"
             )
         try:
-            self.base.parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / "base").mkdir(parents=True, exist_ok=True)
             if not before:
-                said = (
-                    f"# {self.gin}"
-                    + "".join(f"  --set {o}" for o in self.overrides)
-                    + f"\n# as it was on {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-                )
-                self.base.write_text(said + self.text, encoding="utf-8")
+                asked = "".join(f"  --set {o}" for o in self.overrides)
+                for gin, text in self.texts.items():
+                    said = f"# {gin}{asked}\n# as it was on {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+                    self.base(gin).write_text(said + text, encoding="utf-8")
             record.write_json(self.folder / FILE, {
-                "gin": self.gin, "overrides": self.overrides, "cwd": before.get("cwd", os.getcwd()), "made": before.get("made", time.time()),
+                "overrides": self.overrides, "cwd": before.get("cwd", os.getcwd()), "made": before.get("made", time.time()),
                 "runs": [dataclasses.asdict(r) for r in self.runs],
             })  # fmt: skip
         except OSError as error:
@@ -122,13 +125,21 @@ def read(folder: Path) -> Sweep:
     """The sweep in a folder.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or one that cannot be read.
     """
     found = record.read_json(folder / FILE)
     if "runs" not in found:
         raise ValueError(f"{folder} is not a sweep (no {FILE} in it)")
-    runs = [Run(r["name"], tuple(r["overrides"]), tuple((a, b) for a, b in r["cells"]), r["configuration"]) for r in found["runs"]]
-    return Sweep(folder.resolve(), found["gin"], tuple(found["overrides"]), runs)
+    try:
+        runs = [
+            Run(r["name"], r["gin"], tuple(r["overrides"]), tuple((a, b) for a, b in r["cells"]), r["configuration"])
+            for r in found["runs"]
+        ]
+        return Sweep(folder.resolve(), tuple(found["overrides"]), runs)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / FILE} is not what `repro sweep` writes ({type(error).__name__}: {error}); remove it and give the request again, which finds every run that is done"
+        ) from None
 
 
 def find(name: str, root: Path) -> Sweep:
@@ -150,7 +161,7 @@ def find(name: str, root: Path) -> Sweep:
 
 
 def plan(
-    gin: str,
+    gin: str | None,
     overrides: Sequence[str],
     axes: Sequence[grid.Axis],
     root: Path,
@@ -160,23 +171,45 @@ def plan(
 ) -> Sweep:
     """Every run of a sweep, each checked, without importing torch or a plugin and without writing anything.
 
+    Args:
+        gin: the file of all runs but those of presets with a file of their own; None if every preset has one.
+        overrides: of all runs.
+        axes: what varies.
+        root: where run folders are made.
+        name: of the sweep; made from file and runs if None.
+        allow_imports: let the gin files import modules outside the plugins.
+
     Raises:
-        grid.GridError: for an empty or impossible grid.
+        grid.GridError: for an empty or impossible grid, a run without a file, or two files of one name.
         configs.ConfigError: with everything that is wrong in any combination.
     """
-    draft = configs.draft(gin, allow_imports=allow_imports)
+    drafts: dict[str, configs.Draft] = {}
     problems: dict[str, int] = {}
     runs: dict[str, Run] = {}
     effective: list[dict[str, str]] = []
     merged: list[str] = []
     configurations: dict[tuple[tuple[str, str], ...], int] = {}
     for combination in grid.product(axes):
+        file = combination.file or gin
+        if file is None:
+            raise grid.GridError(
+                f"which config for {_shown(combination.cells)}? give --gin FILE, GIN in the sweep file, or a file in the preset"
+            )
+        if file not in drafts:
+            alike = next((other for other in drafts if _stem(other) == _stem(file)), None)
+            if alike is not None:
+                raise grid.GridError(
+                    f"{alike} and {file} have one name, and runs are named by their file; copy one under another name"
+                )
+            drafts[file] = configs.draft(file, allow_imports=allow_imports)
         try:
-            config = draft.config([*overrides, *combination.overrides])
+            config = drafts[file].config([*overrides, *combination.overrides])
         except configs.ConfigError as error:
             for problem in error.problems:
                 for override in combination.overrides:  # one line a name, however many values it has
                     problem = problem.replace(f"--set {override}: ", f"--grid {override.partition('=')[0]}: ", 1)
+                if combination.file and file not in problem:
+                    problem = f"{file}: {problem}"
                 problems[problem] = problems.get(problem, 0) + 1
             continue
         named = f"{config.stem}-{config.signature}"
@@ -185,17 +218,24 @@ def plan(
             continue
         bound = config.effective()
         key = tuple(sorted((k, v) for k, v in bound.items() if k != SEED))
-        runs[named] = Run(named, combination.overrides, combination.cells, configurations.setdefault(key, len(configurations)))
+        runs[named] = Run(
+            named, file, combination.overrides, combination.cells, configurations.setdefault(key, len(configurations))
+        )
         effective.append(bound)
     if problems:
         lines = [f"{p}" + (f"   ({n} runs)" if n > 1 else "") for p, n in list(problems.items())[:_MOST_PROBLEMS]]
         if len(problems) > len(lines):
             lines.append(f"… and {len(problems) - len(lines)} more")
         raise configs.ConfigError([*lines, "nothing was submitted"])
-    stem = Path(gin.rpartition(":")[2]).stem
+    stem = _stem(gin or next(iter(drafts)))
     digest = hashlib.sha256("\n".join(sorted(runs)).encode()).hexdigest()[:8]
     folder = root.resolve() / "sweeps" / (name or f"{stem}-{digest}")
-    return Sweep(folder, gin, tuple(overrides), list(runs.values()), draft.text(overrides), merged, effective)
+    texts = {file: draft.text(overrides) for file, draft in drafts.items()}
+    return Sweep(folder, tuple(overrides), list(runs.values()), texts, merged, effective)
+
+
+def _stem(gin: str) -> str:
+    return Path(gin.rpartition(":")[2]).stem
 
 
 def _shown(cells: Iterable[tuple[str, str]]) -> str:
@@ -310,18 +350,24 @@ def seconds(path: Path) -> float | None:
 def costs(sweep: Sweep) -> dict[str, float]:
     """Seconds each run will take, by name, from finished runs of the same config that differ only in what the sweep varies.
 
-    Runs that differ in the seed alone count first, else the mean of all; scaled by the number of steps where both state it.
+    Runs that differ in the seed alone count first, else the mean of all of the file; scaled by the number of steps where both
+    state it.
     """
-    if not sweep.effective:
-        return {}
-    first = sweep.effective[0]
-    fixed = {k: v for k, v in first.items() if k not in (SEED, STEPS) and all(e.get(k) == v for e in sweep.effective)}
-    keys = set().union(*sweep.effective)
+    found: dict[str, float] = {}
+    for gin in sweep.files if sweep.effective else ():
+        pairs = [(run, bound) for run, bound in zip(sweep.runs, sweep.effective) if run.gin == gin]
+        found |= _costs_of_file(sweep.root, _stem(gin), pairs)
+    return found
+
+
+def _costs_of_file(root: Path, stem: str, pairs: Sequence[tuple[Run, Mapping[str, str]]]) -> dict[str, float]:
+    first = pairs[0][1]
+    fixed = {k: v for k, v in first.items() if k not in (SEED, STEPS) and all(e.get(k) == v for _, e in pairs)}
+    keys = set().union(*(e for _, e in pairs))
     varied = sorted(keys - set(fixed) - {SEED, STEPS})
     same: dict[tuple[str | None, ...], list[float]] = {}
     every: list[float] = []
-    stem = sweep.base.stem
-    for path in sorted(sweep.root.glob(f"{stem}-*")):
+    for path in sorted(root.glob(f"{stem}-*")):
         if not (path / "result.json").is_file():
             continue
         theirs = record.read_json(path / "run.json").get("effective")
@@ -334,7 +380,7 @@ def costs(sweep: Sweep) -> dict[str, float]:
         same.setdefault(tuple(theirs.get(k) for k in varied), []).append(rate)
         every.append(rate)
     found = {}
-    for run, bound in zip(sweep.runs, sweep.effective):
+    for run, bound in pairs:
         rates = same.get(tuple(bound.get(k) for k in varied)) or every
         if rates:
             found[run.name] = sum(rates) / len(rates) * _steps(bound)
@@ -364,7 +410,7 @@ def jobs(sweep: Sweep, chosen: Sequence[Run], *, flops: bool = True, limit: int 
     made = []
     for run in chosen:
         path = sweep.path(run)
-        command = [sys.executable, "-m", "repro.run", "--gin", str(sweep.base)]
+        command = [sys.executable, "-m", "repro.run", "--gin", str(sweep.base(run.gin))]
         for override in run.overrides:
             command += ["--set", override]
         command += ["--out", str(path)]

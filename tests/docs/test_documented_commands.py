@@ -607,6 +607,8 @@ class Rules:
 
     def verb_claims(self, words):
         args = self.parsed("claims", words)
+        if "runs" in words:
+            self.place.run("sdtps_rgbnt")
         if args.check and not args.plugin:  # every check of every paper takes a minute; tests/repro/test_claims.py has the rest
             (self.place.folder / "site" / "none").mkdir(exist_ok=True)
             return self.do("claims", *(w for w in words if w != "--check"))

@@ -108,8 +108,8 @@ def planned(root, gin, cells):
     """A sweep's plan as `repro sweep` writes it, over run folders by name."""
     folder = root / "sweeps" / "s"
     (folder / "base").mkdir(parents=True)
-    runs = [{"name": name, "overrides": [], "cells": of} for name, of in cells.items()]
-    (folder / "sweep.json").write_text(json.dumps({"gin": gin, "runs": runs}))
+    runs = [{"name": name, "gin": gin, "overrides": [], "cells": of} for name, of in cells.items()]
+    (folder / "sweep.json").write_text(json.dumps({"runs": runs}))
     return folder / "base" / gin.rpartition("/")[2]
 
 

@@ -88,7 +88,7 @@ def test_the_frozen_config_gives_the_same_runs_whatever_becomes_of_the_file(gin)
     gin.write_text("SEED = broken")
     again = sweep.read(found.folder)
     assert again.runs == found.runs
-    draft = configs.draft(str(again.base))
+    draft = configs.draft(str(again.base(again.files[0])))
     assert [f"some-{draft.config(r.overrides).signature}" for r in again.runs] == [r.name for r in found.runs]
     again.settle_effective()
     assert again.effective == found.effective
@@ -121,6 +121,52 @@ def test_two_combinations_that_are_one_run_are_one_and_it_is_said(gin):
     found = sweep.plan(str(gin), [], [grid.presets({"base": [], "same": ["LR=0.001"], "other": ["LR=0.002"]})], gin.parent / "runs")
     assert len(found.runs) == 2
     assert found.merged == ["preset=same is the same run as preset=base"]
+
+
+def test_a_preset_may_come_from_a_file_of_its_own(gin, tmp_path):
+    (tmp_path / "off.gin").write_text(GIN.replace("optim.AdamW", "optim.SGD").replace("0.1\n", "0.2\n"))
+    off = str(tmp_path / "off.gin")
+    axes = [grid.presets({"full": [], "off": [off], "slow off": [off, "LR=1e-5"]}), grid.axis("SEED=0..1")]
+    found = sweep.plan(str(gin), ["trainer.train.keep=3"], axes, tmp_path / "runs")
+    assert [run.name.split("-")[0] for run in found.runs] == ["some"] * 2 + ["off"] * 4
+    assert [run.configuration for run in found.runs] == [0, 0, 1, 1, 2, 2]
+    for run in found.runs:  # each the run that its file gives alone
+        assert run.name.endswith(configs.read(run.gin, ["trainer.train.keep=3", *run.overrides]).signature)
+    assert found.effective[2]["optim.SGD.weight_decay"] == "0.2"
+    found.write()
+    gin.unlink()
+    (tmp_path / "off.gin").unlink()
+    again = sweep.read(found.folder)
+    assert again.runs == found.runs
+    again.settle_effective()
+    assert again.effective == found.effective
+    commands = [made.command for made in sweep.jobs(again, again.runs)]
+    assert [Path(c[c.index("--gin") + 1]).name for c in commands] == ["some.gin"] * 2 + ["off.gin"] * 4
+
+
+def test_presets_that_all_have_a_file_need_no_other(gin, tmp_path):
+    found = sweep.plan(None, [], [grid.presets({"a": [str(gin)], "b": [str(gin), "LR=0.1"]})], tmp_path / "runs")
+    assert len(found.runs) == 2
+    assert found.name.startswith("some-")
+    with pytest.raises(grid.GridError, match="which config for preset=b"):
+        sweep.plan(None, [], [grid.presets({"a": [str(gin)], "b": ["LR=0.1"]})], tmp_path / "runs")
+    (tmp_path / "below").mkdir()
+    other = tmp_path / "below" / "some.gin"
+    other.write_text(GIN)
+    with pytest.raises(grid.GridError, match="have one name"):
+        sweep.plan(str(gin), [], [grid.presets({"a": [], "b": [str(other)]})], tmp_path / "runs")
+
+
+def test_what_is_wrong_with_a_file_of_a_preset_names_the_file(gin, tmp_path):
+    (tmp_path / "off.gin").write_text("trainer.train.steps = 100\n")
+    axes = [grid.presets({"full": [], "off": [str(tmp_path / "off.gin")]})]
+    with pytest.raises(configs.ConfigError) as error:
+        sweep.plan(str(gin), ["LR=0.1"], axes, tmp_path / "runs")
+    assert len(error.value.problems) == 2  # and that nothing was submitted
+    assert str(tmp_path / "off.gin") in error.value.problems[0]
+    assert "LR" in error.value.problems[0]
+    with pytest.raises(configs.ConfigError, match=r"no gin file 'gin/sap/of\.gin'"):
+        sweep.plan(str(gin), [], [grid.presets({"full": [], "off": ["gin/sap/of.gin"]})], tmp_path / "runs")
 
 
 def test_every_problem_of_every_combination_is_said_once(gin):
@@ -177,6 +223,9 @@ def test_a_sweep_file_and_the_command_line_add_up(gin, tmp_path):
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("some-")]
     assert [r[1:4] for r in rows] == [[p, s, w] for p in ("full", "slow") for s in "01" for w in ("0.0", "0.2")]
     (tmp_path / "ablation.gin").write_text("GIN = 'a'\nGRIDS = []\nPRESETS = ['x']\n")
+    done = cli("sweep", "--sweep", "gin/sap/sweeps/ablations.gin", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nearest: gin/sap/sweeps/ablation.gin" in done.stderr
     done = cli("sweep", "--sweep", tmp_path / "ablation.gin", "--dry-run")
     assert done.returncode == 2
     assert "no key 'GRIDS'; nearest: GRID" in done.stderr
@@ -224,6 +273,16 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(gin):
         done = cli(verb, "nothing", "--runs", gin.parent)
         assert done.returncode == 2
         assert done.stderr.startswith("error: no sweep 'nothing'; there is none below")
+
+
+def test_a_sweep_file_that_is_damaged_is_one_clear_error(gin):
+    found = plan(gin, "SEED=0..1")
+    found.write()
+    whole = record.read_json(found.folder / "sweep.json")
+    del whole["runs"][0]["cells"]
+    record.write_json(found.folder / "sweep.json", whole)
+    with pytest.raises(ValueError, match=r"sweep.json is not what `repro sweep` writes \(KeyError: 'cells'\); remove it"):
+        sweep.read(found.folder)
 
 
 def test_a_sweep_under_a_name_that_another_has_is_refused(gin):
@@ -278,13 +337,13 @@ def test_a_run_stands_as_its_own_folder_says(tmp_path, own, noted, asked, alive,
     if own is not None:
         record.write_json(tmp_path / "status.json", {**OWN, **own})
     queue = None if asked == "unknown" else {"12_3": asked} if isinstance(asked, tuple) else {}
-    found = sweep._standing(sweep.Run("r", (), (), 0), tmp_path, noted, queue, alive)
+    found = sweep._standing(sweep.Run("r", "x.gin", (), (), 0), tmp_path, noted, queue, alive)
     assert found.state == state
 
 
 def test_a_cancelled_run_that_never_started_is_cancelled(tmp_path):
     (tmp_path / job.CANCELLED).touch()
-    assert sweep._standing(sweep.Run("r", (), (), 0), tmp_path, {}, {}, False).state == "cancelled"
+    assert sweep._standing(sweep.Run("r", "x.gin", (), (), 0), tmp_path, {}, {}, False).state == "cancelled"
 
 
 # --- cost
@@ -310,6 +369,9 @@ def test_cost_is_what_finished_runs_of_the_config_took(gin):
     assert [sweep.costs(longer)[r.name] for r in longer.runs] == pytest.approx([10 * e for e in expected])
     other = plan(gin, "LR=0.1,0.2", overrides=["optim.AdamW.weight_decay=0.9"])
     assert sweep.costs(other) == {}
+    (gin.parent / "off.gin").write_text(GIN)  # another file's runs cost what that file's runs took
+    both = sweep.plan(str(gin), [], [grid.presets({"full": ["LR=0.1"], "off": [str(gin.parent / "off.gin")]})], gin.parent / "runs")
+    assert list(sweep.costs(both)) == [both.runs[0].name]
 
 
 def test_a_table_of_results_is_the_same_wherever_the_runs_were_done(gin):

@@ -49,6 +49,17 @@ def test_presets_are_one_axis_of_named_groups():
         ("SEED=0",), ("SEED=1",), ("a.B.gate=False", "a.B.c=(1, 2)", "SEED=0"), ("a.B.gate=False", "a.B.c=(1, 2)", "SEED=1"),
     ]  # fmt: skip
     assert [dict(c.cells) for c in found][2] == {"preset": "no gate", "SEED": "0"}
+    assert {c.file for c in found} == {None}
+
+
+def test_a_preset_may_name_a_file():
+    groups = dict(map(grid.preset, ["full:", "off: gin/off.gin", "less: my_paper:less.gin; a.B.names='x.gin'"]))
+    found = list(grid.product([grid.presets(groups), grid.axis("SEED=0,1")]))
+    assert [c.file for c in found] == [None, None, *["gin/off.gin"] * 2, *["my_paper:less.gin"] * 2]
+    assert found[2].overrides == ("SEED=0",)
+    assert found[4].overrides == ("a.B.names='x.gin'", "SEED=0")
+    with pytest.raises(grid.GridError, match=r"'two' names 2 files, a\.gin and b\.gin"):
+        grid.presets({"two": ["a.gin", "b.gin"]})
 
 
 @pytest.mark.parametrize(
