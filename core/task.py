@@ -124,7 +124,17 @@ class Task:
         Raises:
             NotImplementedError: if the task has none; the profile then says so.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no profile_inputs, so there is nothing to count")
+
+    def real_inputs(self, count: int) -> Iterator[tuple[Any, ...]]:
+        """Positional inputs of `model()` from the test split, one sample each, at most `count`; called after `prepare`.
+
+        This is what `repro profile --inputs` counts, where the path of the forward depends on what comes in.
+
+        Raises:
+            NotImplementedError: if the task has none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no real_inputs, so `--inputs` has nothing to count")
 
     def blueprint(self) -> nn.Module:
         """The model at its published size, built without any data (the published number of identities, say).

@@ -373,6 +373,12 @@ class Segmentation(Task):
         image, depth = torch.rand(batch, 3, *self.profile_size), torch.rand(batch, 1, *self.profile_size)
         return (image, depth) if self.text is None else (image, depth, torch.rand(batch, *self._text_shape()))
 
+    def real_inputs(self, count: int) -> Iterator[tuple[Any, ...]]:
+        never = np.random.default_rng(0)
+        for index in range(min(count, len(self.test))):
+            batch = collate([self.test.sample(index, never)])
+            yield (batch["image"], batch["depth"], *([batch["text"]] if "text" in batch else []))
+
     def expected(self) -> Mapping[str, float]:
         return self.published
 

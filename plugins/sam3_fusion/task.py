@@ -205,6 +205,13 @@ class PromptedDetection(Task):
             torch.arange(batch),
         )
 
+    def real_inputs(self, count: int) -> Iterator[tuple[Any, ...]]:
+        """An image with all its prompts each: their number and the length of the longest decide what is computed."""
+        never = np.random.default_rng(0)
+        for index in range(min(count, len(self.test))):
+            batch = self._collate([self.test.sample(index, never)])
+            yield batch["image"], batch["tokens"], batch["pad"], batch["image_of"]
+
 
 def draw(
     model: nn.Module, split: PromptedScenes, tokens: reading.Tokens, processor: Processor, count: int = 12, scale: int = 3

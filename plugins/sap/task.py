@@ -6,6 +6,7 @@ After the SAP release's training script. One domain is held out as target; episo
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -390,6 +391,11 @@ class FewShot(Task):
 
     def profile_inputs(self, batch: int = 1) -> tuple[Any, ...]:
         return (torch.rand(batch, 3, self.eval_transform.size, self.eval_transform.size),)
+
+    def real_inputs(self, count: int) -> Iterator[tuple[Any, ...]]:
+        targets = (i for i, record in enumerate(self.data.records) if record.domain == self.target_domain)
+        for index in itertools.islice(targets, count):
+            yield (self.images.sample(index, UNSEEN)["image"][None],)
 
     def expected(self) -> Mapping[str, float]:
         return self.published

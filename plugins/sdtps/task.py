@@ -294,6 +294,12 @@ class ReID(Task):
         images = {m: torch.rand(batch, 3, height, width) for m in MODALITIES}
         return images, torch.zeros(batch, dtype=torch.int64)
 
+    def real_inputs(self, count: int) -> Iterator[tuple[Any, ...]]:
+        side, never = self.sides["query"], np.random.default_rng(0)
+        for index in range(min(count, len(side))):
+            sample = side.sample(index, never)
+            yield {m: torch.stack([sample[m]]) for m in MODALITIES}, self._cameras([int(sample["camera"])])  # type: ignore[list-item]
+
     def profile_scopes(self, model: nn.Module) -> Mapping[str, tuple[str | None, str | None]]:
         scopes: dict[str, tuple[str | None, str | None]] = {"tower's blocks": ("backbone.blocks", "backbone.blocks")}
         for label, part in (("token module", "tokens"), ("token module inside the tower", "inside")):
