@@ -308,6 +308,10 @@ def test_pictures_tables_and_profile_inputs(task, tmp_path):
     image, _, text = task.profile_inputs()
     assert image.shape == (1, 3, 480, 640)
     assert text.shape == (1, 6, 12)
+    seen = list(task.real_inputs(100))
+    assert len(seen) == len(task.test)
+    with torch.no_grad():
+        assert model(*seen[0]).shape[-2:] == seen[0][0].shape[-2:]
     undressed = Segmentation("unused", network=NETWORK, text=TEXT, profile_text=(5, 12))  # nothing is opened for a profile
     assert undressed.profile_inputs()[2].shape == (1, 5, 12)
     assert sum(p.numel() for p in undressed.blueprint().parameters()) == sum(p.numel() for p in task.blueprint().parameters())

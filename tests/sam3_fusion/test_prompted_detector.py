@@ -233,3 +233,6 @@ def test_the_task_learns_reads_and_shows(tmp_path):
     shape = net(*task.profile_inputs(2)).boxes.shape
     assert shape[1:3] == (2, 8)
     assert corners(net(*task.profile_inputs(1)).boxes).isfinite().all()
+    seen = list(task.real_inputs(2))
+    assert [len(one[3]) for one in seen] == [len(scene.prompts) for scene in task.test.scenes[:2]]
+    assert net(*seen[0]).boxes.isfinite().all()

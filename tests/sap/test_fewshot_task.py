@@ -131,6 +131,16 @@ def test_accuracy_by_hand_from_the_images(root, tmp_path):
     assert found["accuracy[sketch]"] == pytest.approx(few_shot.interval(values).mean, abs=1e-6)
 
 
+def test_real_inputs_are_images_of_the_target(root, tmp_path):
+    work = task(root, target="photo")()
+    work.prepare(tmp_path)
+    target = [i for i, r in enumerate(work.data.records) if r.domain == work.data.domains.index("photo")]
+    seen = [one for (one,) in work.real_inputs(10_000)]
+    assert len(seen) == len(target)
+    assert torch.equal(seen[-1][0], work.images.sample(target[-1], generator(0))["image"])
+    assert work.model().eval()(seen[0]).intrinsic.shape[0] == 1
+
+
 def test_no_held_out_image_and_no_target_image_is_trained_on(root, tmp_path):
     work = task(root, target="photo")()
     work.prepare(tmp_path)
