@@ -289,13 +289,34 @@ def _components(tree: ast.Module, path: Path, module: str, space: str, plugin: s
                 line=node.lineno,
                 summary=(ast.get_docstring(node) or "").strip().split("\n")[0],
                 parameters=signature[0] if signature else (),
-                denied=tuple(ast.literal_eval(denied)) if denied is not None else (),
+                denied=_written(denied, tree, f"denylist of {node.name} at line {node.lineno}") if denied is not None else (),
                 open_keywords=signature[1] if signature else signature is None,
             )
 
 
+def _written(value: ast.expr, tree: ast.Module, what: str) -> tuple[str, ...]:
+    """A list of names that stands in the source, directly or under a name of the module.
+
+    Raises:
+        ValueError: if it has to be computed.
+    """
+    if isinstance(value, ast.Name):
+        bound = [
+            n.value
+            for n in tree.body
+            if isinstance(n, ast.Assign)
+            for t in n.targets
+            if isinstance(t, ast.Name) and t.id == value.id
+        ]
+        value = bound[-1] if bound else value
+    try:
+        return tuple(ast.literal_eval(value))
+    except (ValueError, TypeError):
+        raise ValueError(f"{what} must be written out, it is read without importing: {ast.unparse(value)}") from None
+
+
 def _modules(folder: Path, package: str) -> Iterator[tuple[Path, str]]:
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(p for p in folder.rglob("*.py") if not p.is_dir()):
         relative = path.relative_to(folder).with_suffix("")
         parts = [p for p in relative.parts if p != "__init__"]
         if any(part.startswith((".", "__")) for part in parts):
@@ -307,7 +328,7 @@ def _modules(folder: Path, package: str) -> Iterator[tuple[Path, str]]:
 def index() -> dict[str, Component]:
     """Every component of the core and of the installed plugins, by full name, from source text alone.
 
-    A file that does not parse contributes nothing here; `plugin_problems()` says so.
+    A file that cannot be read or parsed contributes nothing here; `plugin_problems()` says so.
     """
     found: dict[str, Component] = {}
     core = Path(__file__).parent
@@ -315,38 +336,50 @@ def index() -> dict[str, Component]:
         for component in _scan(path, module, module.split(".")[-1], "core", "ginrepro"):
             found[component.name] = component
     for plugin in plugins().values():
-        if plugin.folder is None:
-            continue
-        for path, module in _modules(plugin.folder, plugin.package):
-            try:
-                for component in _scan(path, module, plugin.name, plugin.name, plugin.distribution):
-                    found.setdefault(component.name, component)
-            except SyntaxError:
-                continue
+        found |= _read(plugin)[0]
     return found
+
+
+def _read(plugin: Plugin) -> tuple[dict[str, Component], str]:
+    """Components of a plugin by name, from its source text, and the first thing that is wrong with the text (else empty).
+
+    Nothing that somebody else's file holds or is may stop what does not need it.
+    """
+    found: dict[str, Component] = {}
+    problem = ""
+    for path, module in _modules(plugin.folder, plugin.package) if plugin.folder else ():
+        try:
+            for component in _scan(path, module, plugin.name, plugin.name, plugin.distribution):
+                other = found.setdefault(component.name, component)
+                if other is not component:
+                    problem = problem or (
+                        f"{component.name} is registered twice, at {other.file}:{other.line} and {component.file}:{component.line}"
+                    )
+        except SyntaxError as error:
+            problem = problem or f"SyntaxError in {path}:{error.lineno}: {error.msg}"
+        except (OSError, ValueError, RecursionError, MemoryError) as error:
+            problem = problem or f"{path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+    return found, problem
 
 
 @functools.cache
 def plugin_problems() -> dict[str, str]:
-    """Plugins that already fail without being imported: missing package, syntax error, wrong interface, two owners."""
+    """Plugins that already fail without being imported: missing package, unreadable text, wrong interface, two owners."""
     problems: dict[str, str] = {}
     for plugin in plugins().values():
         if plugin.problem or plugin.folder is None:
             problems[plugin.name] = plugin.problem or "no folder"
             continue
-        for path, module in _modules(plugin.folder, plugin.package):
-            try:
-                _scan(path, module, plugin.name, plugin.name, plugin.distribution)
-            except SyntaxError as error:
-                problems[plugin.name] = f"SyntaxError in {path}:{error.lineno}: {error.msg}"
-                break
-        else:
+        problem = _read(plugin)[1]
+        if not problem:
             init = plugin.folder / "__init__.py"
             declared = _constants(init) if init.is_file() else {}
             try:
                 _check_declaration(plugin, declared.get("__plugin__"), declared.get("__interface__"))
             except PluginError as error:
-                problems[plugin.name] = error.cause
+                problem = error.cause
+        if problem:
+            problems[plugin.name] = problem
     return problems
 
 
@@ -457,7 +490,7 @@ def _import_limited(module: str, limit_s: float) -> None:
 def source_hash(folder: Path) -> str:
     """sha256 over the names and bytes of a package's Python files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(p for p in folder.rglob("*.py") if p.is_file()):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -471,7 +504,9 @@ def _one_line(plugin: Plugin, limit_s: float) -> Iterator[None]:
         raise
     except _ImportTimeout:
         raise PluginError(plugin.name, plugin.distribution, f"its import took longer than {limit_s:g} s") from None
-    except (Exception, SystemExit) as cause:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as cause:  # a plugin may raise anything at all
         frames = traceback.extract_tb(cause.__traceback__)
         where = next((f" at {f.filename}:{f.lineno}" for f in reversed(frames) if str(plugin.folder) in f.filename), "")
         said = f"exited with {cause.code!r}" if isinstance(cause, SystemExit) else f"{type(cause).__name__}: {cause}"

@@ -35,7 +35,10 @@ def install(tmp_path):
         folder.mkdir()
         (folder / "__init__.py").write_text(textwrap.dedent(init).format(name=name))
         for file, text in (modules or {"thing.py": MODULE}).items():
-            (folder / file).write_text(text)
+            if text is None:  # as an editor's lock or a moved file leaves it
+                (folder / file).symlink_to("nowhere.py")
+            else:
+                (folder / file).write_text(text)
         info = tmp_path / f"{distribution or package}-1.2.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution or package}\nVersion: 1.2\n")
@@ -116,6 +119,11 @@ BROKEN = {
     "ImportError": (GOOD, {"thing.py": MODULE + "\nimport nothing_of_that_name\n"}, "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
     "SyntaxError": (GOOD, {"thing.py": MODULE + "\ndef (:\n"}, "SyntaxError"),
     "exit": (GOOD, {"thing.py": MODULE + "\nimport sys\nsys.exit(3)\n"}, "exited with 3"),
+    "anything": (GOOD, {"thing.py": MODULE + "\nraise BaseException('boo')\n"}, "BaseException: boo"),
+    "computed": (GOOD, {"thing.py": MODULE.replace('equations="eq. 1"', "denylist=dir(register)")}, "denylist of Thing at line 5 must be written out"),
+    "too deep": (GOOD, {"thing.py": MODULE, "deep.py": "x = " + "-" * 10_000 + "1\n"}, "deep.py cannot be read"),
+    "not there": (GOOD, {"thing.py": MODULE, "gone.py": None}, "gone.py cannot be read"),
+    "two owners": (GOOD, {"thing.py": MODULE, "other.py": MODULE}, "bad_paper.Thing is registered twice, at "),
     "interface": ('__plugin__ = "{name}"\n__interface__ = 99\n', None, "interface 99"),
     "undeclared": ("", None, "__plugin__ is None"),
     "outside": (GOOD, {"thing.py": MODULE + '\nThing.__module__ = "else.where"\nThing.__qualname__ = "Other"\nregister("module")(Thing)\n'}, "only in its own namespace"),
@@ -145,6 +153,16 @@ def test_a_broken_plugin_is_one_line_and_stops_only_its_own_runs(install, tmp_pa
     assert run.returncode in (1, 2)
     assert "bad_paper" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_denylist_may_stand_under_a_name_and_a_folder_is_no_module(install, tmp_path):
+    text = MODULE.replace('equations="eq. 1"', "denylist=DENIED").replace("\n@", '\nDENIED = ["rate"]\n\n@', 1)
+    install("my_paper", GOOD, {"thing.py": text})
+    (tmp_path / "my_paper" / "folder.py").mkdir()
+    done = install.run(
+        "-c", "from core import registry as r; print(r.load_plugin('my_paper').components, r.find('my_paper.Thing').denied)"
+    )
+    assert done.stdout == "('my_paper.Thing',) ('rate',)\n", done.stderr
 
 
 def test_a_hanging_import_is_cut_off(install):
