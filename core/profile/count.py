@@ -14,7 +14,8 @@ of attention by hand and one by `nn.MultiheadAttention` come from the same formu
 torch takes in evaluation, is off while counting.
 
 What no counter that watches torch can see is a kernel called past the dispatcher. Inside an `autograd.Function` it is
-noticed, because a result appears that no operator made, and it is then an uncounted operator; outside of one it is not.
+noticed, because a result appears that no operator wrote, and it is then an uncounted operator; so it is in a scripted module
+that was optimised for inference, by its graph. Elsewhere it is not, and neither is what a forward computes in other threads.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -111,6 +113,23 @@ def _looked_at(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out:
     return max(_numel(args[0]) if args else 0, _numel(out))
 
 
+_FACTORY = re.compile(r"(?:new_)?(?:empty|zeros|ones|full)(?:_like|_strided|_permuted|_quantized)?$")
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Iterator[Tensor]:
+    """Results that an operator filled with values: not views, and not memory that is only given out for others to write."""
+    if _FACTORY.match(func._schema.name.partition("::")[2]):
+        return
+    given = set() if func._schema.is_mutable else _storages((*args, *kwargs.values()))
+    for tensor in _tensors(out if isinstance(out, (list, tuple)) else (out,)):
+        if _is_dense(tensor) and tensor.untyped_storage()._cdata not in given:
+            yield tensor
+
+
+def _storages(values: Any) -> set[int]:
+    return {t.untyped_storage()._cdata for t in _tensors(values) if _is_dense(t)}
+
+
 class Recorder(TorchDispatchMode):
     """Sees every operator of a forward and what it costs.
 
@@ -130,6 +149,7 @@ class Recorder(TorchDispatchMode):
         self._scope: tuple[str, ...] = ("",)
         self._rules: dict[Any, Rule] = {}
         self._muted = 0
+        self._results: list[Tensor] | None = None  # what operators wrote inside the autograd function that is running
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -160,6 +180,8 @@ class Recorder(TorchDispatchMode):
                 return out
             rule = self._rules[func] = (None, None)
         out = func(*args, **kwargs)
+        if self._results is not None:
+            self._results.extend(_written(func, args, kwargs, out))
         if not self._muted:
             self._record(func, rule, args, kwargs, out)
         return out
@@ -226,11 +248,6 @@ class Recorder(TorchDispatchMode):
         finally:
             self._muted -= 1
 
-    @property
-    def computing_calls(self) -> int:
-        """Calls so far of operators that are not mere layout."""
-        return sum(tally.calls for tally in self.seen.values() if tally.kind != "layout")
-
     # --- autograd functions, whose kernels may bypass the dispatcher
 
     def apply_function(self, cls: Any, args: tuple[Any, ...], apply: Callable[..., Any]) -> Any:
@@ -250,10 +267,16 @@ class Recorder(TorchDispatchMode):
                 operator, known[0], formulas.evaluate(*known, Call(operator, arguments, _shapes(out))), _allocated(args, {}, out)
             )
             return out
-        before = self.computing_calls
-        out = apply(*args)
-        if self.computing_calls == before and not self._muted and (created := _allocated(args, {}, out)):
+        around, self._results = self._results, []
+        try:
+            out = apply(*args)
+            created = 0 if self._muted else _allocated((*args, self._results), {}, out)
+        finally:
+            inside, self._results = self._results, around
+        if created:
             self.note(operator, None, Cost(), created)
+        if around is not None:  # what has been said of this function need not be said again of the one that calls it
+            around += [*inside, *_tensors(out if isinstance(out, (list, tuple)) else (out,))]
         return out
 
 
@@ -268,7 +291,7 @@ def _kind(name: str, func: Any) -> Kind | None:
     view = any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
     if base in formulas.LAYOUT or view:
         return "layout"
-    if torch.Tag.pointwise in func.tags:
+    if torch.Tag.pointwise in func.tags or (name != base and _pointwise(base)):
         return "elementwise"
     if (
         base in formulas.LOOKING
@@ -282,6 +305,12 @@ def _kind(name: str, func: Any) -> Kind | None:
     if not any("Tensor" in str(argument.type) for argument in func._schema.arguments):
         return "layout"  # factories
     return None
+
+
+def _pointwise(name: str) -> bool:
+    """Whether torch tags the operator as pointwise (its in-place spelling often has no tag)."""
+    packet = getattr(torch.ops.aten, name, None)
+    return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Call:
@@ -372,17 +401,17 @@ def _fastpath_off() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _functions_watched(recorder: Recorder) -> Iterator[None]:
-    """Every `autograd.Function.apply` passes by the recorder."""
-    original = torch.autograd.Function.__dict__["apply"]
+    """Every `autograd.Function` passes by the recorder, also one whose `apply` somebody keeps under another name."""
+    base: Any = torch.autograd.function._SingleLevelFunction  # type: ignore[attr-defined]  # what `Function.apply` calls in the end
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return recorder.apply_function(cls, args, functools.partial(original.__get__(None, cls), **kwargs))
+    def apply(cls: Any, *args: Any) -> Any:
+        return recorder.apply_function(cls, args, super(base, cls).apply)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    base.apply = classmethod(apply)
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        del base.apply
 
 
 @contextlib.contextmanager
@@ -431,7 +460,12 @@ class FlopCount(FlopCountAnalysis):
             with torch._C._AutoDispatchBelowAutograd(), recorder:  # type: ignore[attr-defined]
                 try:
                     self._call(*args, **kwargs)
-                except NotImplementedError as error:
+                except RuntimeError as error:
+                    if "does not require grad" in str(error):
+                        raise UncountedOperatorError(
+                            "the forward differentiates (torch.autograd.grad or backward), and a count runs below autograd: profile the "
+                            "function that it differentiates"
+                        ) from error
                     if "HigherOrderOperator" not in str(error):
                         raise
                     what = str(error).partition("HigherOrderOperator ")[2].split(" ")[0]
@@ -479,6 +513,12 @@ class FlopCount(FlopCountAnalysis):
         return self
 
     def _check(self, recorder: Recorder) -> None:
+        for name, module in self._model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule) and (found := _past_dispatcher(module)):
+                raise UncountedOperatorError(
+                    f"{name or 'the model'} is scripted and optimised for inference: {found} runs past torch's dispatcher and would not be "
+                    "counted. Profile the module that it was scripted from; its count is the same."
+                )
         missing: Counter[str] = Counter()
         where: dict[str, str] = {}
         for (scope, operator), tally in recorder.seen.items():
@@ -509,6 +549,12 @@ class FlopCount(FlopCountAnalysis):
         self._analyze()
         assert self._recorder is not None
         return self._recorder.module_calls
+
+
+def _past_dispatcher(module: torch.jit.ScriptModule) -> str | None:
+    """An operator of a script that the interpreter runs itself, in a library's own tensors."""
+    graph = getattr(module, "inlined_graph", None)
+    return next(iter(re.findall(r"prim::mkldnn_\w+", str(graph))), None) if graph is not None else None
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

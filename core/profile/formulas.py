@@ -534,7 +534,7 @@ REDUCING = _words(
     complex bernoulli normal uniform exponential random cauchy geometric log_normal poisson binomial _masked_scale linalg_cross
     renorm _weight_norm_interface _thnn_fused_lstm_cell _thnn_fused_gru_cell affine_grid_generator col2im _is_all_true
     _is_any_true equal allclose isclose __and__ __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__ __ixor__ linspace logspace
-    _add_relu _standard_gamma
+    _add_relu _standard_gamma _upsample_bilinear2d_aa _upsample_bicubic2d_aa
     """
 )
 LAYOUT = _words(
@@ -556,7 +556,7 @@ LAYOUT = _words(
 
 # Operators that multiply matrices inside and have no formula: never silently zero.
 _MATMUL_WORDS = re.compile(
-    r"_mm|^mm|bmm|gemm|matmul|attention|conv(?!ert)|rnn|lstm|gru_|gru$|(?<!upsample_)(?<!bi)linear|trilinear$|einsum"
+    r"mm(?![aiy])|gemm|matmul|attention|conv(?!ert)|rnn|lstm|gru_|gru$|(?<!upsample_)(?<!bi)linear|trilinear$|einsum"
 )
 _MATMUL_NAMES = _words(
     """

@@ -695,13 +695,98 @@ class Hidden(torch.autograd.Function):
         return grad, None
 
 
+KEPT = Hidden.apply  # torch's own documents keep it under a name
+
+
+class Partly(torch.autograd.Function):
+    """Its first step is torch's, its product is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.from_numpy((2 * x).numpy() @ x.numpy())
+
+
+class Given(torch.autograd.Function):
+    """Memory from torch, values from elsewhere, as Triton kernels have it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.empty_like(2 * x)
+        out.numpy()[:] = x.numpy() @ x.numpy()
+        return out.view(-1)
+
+
+class Outer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return Given.apply(x)
+
+
+class Noticed(torch.autograd.Function):
+    """Everything by torch, the last step in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.empty_like(x).copy_(x @ x).add_(1)
+
+
+class Passing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+
 def test_autograd_functions_are_counted_by_their_parts_or_by_formula() -> None:
     assert macs(Visible.apply, _z(4, 4)) == 64
     with pytest.raises(UncountedOperatorError, match="autograd::Hidden"):
         macs(lambda x: Hidden.apply(x, 3), torch.eye(4))
 
+    for inside in (
+        Hidden.apply,
+        lambda x, times: Partly.apply(x),
+        lambda x, times: Given.apply(x),
+        lambda x, times: Outer.apply(x),
+    ):
+        with pytest.raises(UncountedOperatorError, match=r"autograd::(Hidden|Partly|Given)"):
+            macs(lambda x, inside=inside: KEPT(x, 3) if inside is Hidden.apply else inside(x, 3), torch.eye(4))
+    assert macs(Noticed.apply, torch.eye(4)) == 64
+    assert macs(Passing.apply, torch.eye(4)) == 0
+    assert torch.autograd.Function.apply.__func__.__module__ == "torch.autograd.function"  # nothing is left in place
+
     formula("autograd::Hidden")(lambda call: (call["times"] - 1) * call["x"][0] ** 3)
-    assert macs(lambda x: Hidden.apply(x, 3), torch.eye(4)) == 2 * 64
+    assert macs(lambda x: Hidden.apply(x, 3), torch.eye(4)) == macs(lambda x: KEPT(x, 3), torch.eye(4)) == 2 * 64
+
+
+def test_sparse_products_and_scripts_past_the_dispatcher_are_refused() -> None:
+    dense, sparse = torch.eye(4), torch.eye(4).to_sparse()
+    for call in (lambda d: torch.sparse.mm(sparse, d), lambda d: torch.sparse.addmm(d, sparse, d), lambda d: sparse @ d):
+        with pytest.raises(UncountedOperatorError, match="no formula for aten::"):
+            macs(call, dense)
+    with pytest.raises(UncountedOperatorError, match="sparse_sampled_addmm"):
+        macs(lambda d: torch.sparse.sampled_addmm(dense.to_sparse_csr(), d, d), dense)
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval())
+    assert macs(scripted, _z(1, 3, 8, 8)) == 8 * 3 * 9 * 36
+    with pytest.raises(UncountedOperatorError, match="the model is scripted and optimised for inference: prim::mkldnn_convolution"):
+        macs(torch.jit.optimize_for_inference(scripted), _z(1, 3, 8, 8))
+
+
+def test_a_forward_that_differentiates_is_one_clear_error() -> None:
+    def slope(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            return torch.autograd.grad((x @ x).sum(), x)[0]
+
+    with pytest.raises(UncountedOperatorError, match="the forward differentiates"):
+        macs(slope, torch.eye(4))
+
+
+def test_in_place_spellings_are_covered_as_their_originals() -> None:
+    def forward(x: Tensor) -> Tensor:
+        x = x.clone().abs_().masked_fill_(x > 0, 1.0)
+        x = nn.functional.threshold_(torch.ops.aten.gelu_(x), 0.1, 0.0).eq_(1)
+        return nn.functional.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
+
+    assert profile(forward, (_z(1, 2, 8, 8),), timed=False).coverage == 1
 
 
 def test_operators_are_counted_in_inference_mode_and_under_autocast() -> None:
