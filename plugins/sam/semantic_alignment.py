@@ -48,6 +48,11 @@ class _Bounded(torch.autograd.Function):
         return grad.masked_fill(outward, 0.0), None
 
 
+def _widened(x: Tensor) -> Tensor:
+    """In float32 where it is narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def mth_largest(logits: Float[Tensor, "b k n t"], m: int) -> Float[Tensor, "b k n 1"]:
     """The m-th largest value along the token axis, ties counted as often as they occur.
 
@@ -258,10 +263,13 @@ class SemanticAlignment(nn.Module):
     # --- attention ------------------------------------------------------------------------------------------------------
 
     def _inverse_length(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b k n 1"]:
-        """1 / |x| of each head, or of the whole width for every head, as `cosine_norm_scope` says."""
+        """1 / |x| of each head, or of the whole width for every head, as `cosine_norm_scope` says; at least float32.
+
+        That of a zero vector (the key of a padding token) is 1e6: more than float16 holds, where 0 · inf would be NaN.
+        """
         heads = self.heads if self.cosine_norm_scope == "per_head" else 1
-        squares = reduce(tokens.float().square(), "b n (k d) -> b k n 1", "sum", k=heads)
-        return squares.clamp_min(COSINE_EPS**2).rsqrt().to(tokens.dtype).contiguous()
+        squares = reduce(_widened(tokens).square(), "b n (k d) -> b k n 1", "sum", k=heads)
+        return squares.clamp_min(COSINE_EPS**2).rsqrt().contiguous()
 
     def weights(
         self,
@@ -271,12 +279,15 @@ class SemanticAlignment(nn.Module):
         present: Bool[Tensor, "b"],
         side: Side,
     ) -> Float[Tensor, "b k n t"]:
-        """Softmax over the tokens that count. Those of a sample without text are finite; the caller discards them."""
+        """Softmax over the tokens that count. Those of a sample without text are finite; the caller discards them.
+
+        Lengths, logits and softmax are float32 where the features are narrower; the products stay as narrow as these.
+        """
         queries, keys = (rearrange(x, "b n (k d) -> b k n d", k=self.heads) for x in (query, key))
-        keys = keys * self.scale(side)  # few tokens, many queries: scale the short side
+        keys = _widened(keys) * self.scale(side)  # few tokens, many queries: scale the short side
         if self.use_cosine[side]:
             keys = keys * self._inverse_length(key)
-        logits = queries @ rearrange(keys, "b k t d -> b k d t")
+        logits = _widened(queries @ rearrange(keys.to(query.dtype), "b k t d -> b k d t"))
         hidden = rearrange(padding & present[:, None], "b t -> b 1 1 t")
         bias = torch.zeros_like(hidden, dtype=logits.dtype).masked_fill(hidden, -math.inf)
         if self.use_cosine[side]:  # one factor a query and head: cheaper on the logits than on the query
@@ -305,7 +316,8 @@ class SemanticAlignment(nn.Module):
             if self.missing_text == "upstream":  # attention of a sample without text is 0, before the output bias
                 weights = weights * rearrange(present, "b -> b 1 1 1")
             weights = F.dropout(weights, self.attn_drop, self.training)
-        attended = rearrange(weights @ rearrange(value, "b t (k d) -> b k t d", k=self.heads), "b k n d -> b n (k d)")
+        values = rearrange(value, "b t (k d) -> b k t d", k=self.heads)
+        attended = rearrange(weights.to(value.dtype) @ values, "b k n d -> b n (k d)")
         return F.dropout(attended, self.proj_drop, self.training) if side == "decoder" else attended
 
     def _attend(

@@ -370,6 +370,42 @@ def test_half_precision_text_and_features_agree_with_full():
         assert torch.isfinite(sam(visual, text)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("cosine", [True, False])
+@pytest.mark.parametrize("side", ["decoder", "encoder"])
+def test_every_precision_is_finite_with_padding_and_agrees_with_float32(side, cosine, dtype):
+    """A padding token's key is exactly zero while the bias is: its 1 / |k| is beyond float16."""
+
+    def fresh():
+        torch.manual_seed(0)
+        return SemanticAlignment(C, CT, heads=2, side=side, decoder_use_cosine=cosine, encoder_use_cosine=cosine)
+
+    visual, text = inputs(HOLES)
+    expected = fresh()(visual, text)
+    narrow = fresh().to(dtype)
+    leaf = visual.to(dtype).requires_grad_()
+    out = narrow(leaf, text.to(dtype))
+    out.sum().backward()
+    assert out.dtype == dtype
+    assert torch.isfinite(leaf.grad).all()
+    assert all(torch.isfinite(p.grad).all() for p in narrow.parameters() if p.grad is not None)
+    assert (out.float() - expected).abs().max() < {torch.float16: 0.02, torch.bfloat16: 0.15, torch.float64: 1e-5}[dtype]
+    if dtype != torch.float64:
+        with torch.autocast("cpu", dtype):
+            mixed = fresh()(visual, text)
+        assert (mixed.float() - expected).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_zero_query_or_key_has_cosine_zero(dtype):
+    """F.normalize with eps 1e-6 gives 0, so that attention is even."""
+    sam = SemanticAlignment(C, CT, heads=2, top_m=None).to(dtype)
+    text = torch.randn(1, T, CT, dtype=dtype)
+    with torch.no_grad():
+        sam.to_query.weight.zero_()
+    assert_close(sam.attention(torch.randn(1, H, W, C, dtype=dtype), text).float(), torch.full((1, 2, H, W, T), 1 / T))
+
+
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("sam_*.safetensors")), ids=lambda p: p.stem)
 def test_release_parity(path):
     result = golden.compare(golden.read(path))
