@@ -171,14 +171,19 @@ class DecoderBlock(nn.Module):
 
 
 def _grid(count: int) -> Float[Tensor, "{count} 4"]:
-    """Logits of boxes of a quarter of the side, their centres on rows that cover the image evenly."""
+    """Logits of boxes of a quarter of the side, their centres on rows that cover the image evenly.
+
+    Computed on the CPU whatever device a model is built on: on the meta device there are no numbers to count.
+    """
     rows = max(1, round(math.sqrt(count)))
-    index = torch.arange(count)
-    row, column = index * rows // count, torch.zeros(count)
-    for r in range(rows):
-        inside = row == r
-        column[inside] = (torch.arange(int(inside.sum())) + 0.5) / inside.sum()
-    return torch.logit(torch.stack((column, (row + 0.5) / rows, *torch.full((2, count), 0.25)), dim=1))
+    with torch.device("cpu"):
+        index = torch.arange(count)
+        row, column = index * rows // count, torch.zeros(count)
+        for r in range(rows):
+            inside = row == r
+            column[inside] = (torch.arange(int(inside.sum())) + 0.5) / inside.sum()
+        grid = torch.logit(torch.stack((column, (row + 0.5) / rows, *torch.full((2, count), 0.25)), dim=1))
+    return torch.empty_like(grid, device=torch.get_default_device()).copy_(grid)
 
 
 class Decoded(NamedTuple):

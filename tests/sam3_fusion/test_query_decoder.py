@@ -1,3 +1,5 @@
+import math
+
 import fusion_by_hand as by_hand
 import pytest
 import torch
@@ -295,3 +297,14 @@ def test_boxes_start_at_the_anchors():
     start = decoder.anchors.sigmoid().clamp(1e-3, 1 - 1e-3)
     assert_close(out.boxes[-1, 0], start, atol=1e-4, rtol=1e-3)
     assert corners(out.boxes).shape == (2, 2, 3, 4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12, 200])
+def test_anchors_of_a_grid_are_the_same_on_every_device(count):
+    rows = max(1, round(math.sqrt(count)))
+    members = [[i for i in range(count) if i * rows // count == r] for r in range(rows)]
+    centres = [((j + 0.5) / len(m), (r + 0.5) / rows) for r, m in enumerate(members) for j in range(len(m))]
+    made = QueryDecoder(8, 2, 1, 8, count, anchor_start="grid").anchors
+    torch.testing.assert_close(made.sigmoid(), torch.tensor([(x, y, 0.25, 0.25) for x, y in centres]), rtol=1e-6, atol=1e-6)
+    with torch.device("meta"):  # nothing can be counted there
+        assert QueryDecoder(8, 2, 1, 8, count, anchor_start="grid").anchors.is_meta

@@ -42,3 +42,15 @@ def test_the_full_size_has_the_released_parameter_counts():
     assert counts == {"encoder": 9_472_512, "decoder": 11_575_093, "scorer": 1_182_976}
     assert model.grid == (72, 72)
     assert model.decoder.queries.shape[0] == 200
+
+
+@pytest.mark.parametrize("name", ["sam3_fusion.gin", "sam3_fusion/emoji.gin", "sam3_fusion/issue17/teacher.gin"])
+def test_every_detector_is_counted_without_weights(name):
+    if "emoji" in name:
+        pytest.importorskip("wordllama")
+    task = profile.build(config.read(str(GIN / name), []))
+    with torch.device("meta"):
+        model = task.blueprint()
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        found = profile.of_task(task, model, timed=False)
+    assert found["model"]["flops"] > 0
