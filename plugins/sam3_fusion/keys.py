@@ -225,7 +225,14 @@ def _flatten(state: Mapping[str, object]) -> dict[str, Tensor]:
     nested = state.get("model", state.get("state_dict", state))
     if not isinstance(nested, Mapping):
         raise ValueError(f"a checkpoint maps names to tensors; its model entry is a {type(nested).__name__}")
-    flat = {str(k).removeprefix("module.").removeprefix("detector."): v for k, v in nested.items() if isinstance(v, Tensor)}
+    flat: dict[str, Tensor] = {}
+    source: dict[str, str] = {}
+    for key, value in nested.items():
+        if isinstance(value, Tensor):
+            name = str(key).removeprefix("module.").removeprefix("detector.")
+            if name in flat:
+                raise ValueError(f"the checkpoint has {source[name]!r} and {key!r}, which are one weight; remove one of them")
+            flat[name], source[name] = value, str(key)
     if not flat:
         raise ValueError("the checkpoint holds no tensors")
     return flat
@@ -255,7 +262,7 @@ def read(model: nn.Module, state: Mapping[str, object], *, strict: bool = True) 
 
     Raises:
         KeysDiffer: in strict mode, for missing, unexpected or misshapen weights; the model is then unchanged.
-        ValueError: if the checkpoint has no fusion weights, or the model no such part.
+        ValueError: if the checkpoint has no fusion weights, or one of them under two names, or the model no such part.
     """
     parts = tuple(p for p in PARTS if isinstance(getattr(model, p, None), nn.Module))
     if not parts:
@@ -291,12 +298,19 @@ def _translated(theirs: Mapping[str, Tensor], naming: Naming) -> tuple[dict[str,
         return dict(theirs), []
     keys = OriginalKeys() if naming == "original" else HuggingFaceKeys()
     found: dict[str, Tensor] = {}
+    source: dict[str, str] = {}
     unknown: list[str] = []
     for key, value in theirs.items():
         try:
-            found.update(keys.from_reference({key: value}))
+            made = keys.from_reference({key: value})
         except (KeyError, ValueError):
             unknown.append(key)
+            continue
+        for name in made:
+            if name in found:
+                raise ValueError(f"the checkpoint has {source[name]!r} and {key!r}, which both are {name}; remove one of them")
+            source[name] = key
+        found.update(made)
     return found, unknown
 
 

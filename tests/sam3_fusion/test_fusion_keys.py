@@ -181,6 +181,17 @@ def test_read_loads_only_the_parts_a_model_has():
         keys.read(Fusion(), {"model": {"a": 1}})
 
 
+def test_a_weight_under_two_names_is_an_error_that_names_both():
+    state = OriginalKeys().to_reference(Fusion().state_dict())
+    bare = "transformer.decoder.norm.weight"
+    with pytest.raises(ValueError, match=f"'detector.{bare}' and '{bare}', which are one weight"):
+        keys.read(Fusion(), {f"detector.{bare}": torch.ones(8), **state})
+    packed = "transformer.encoder.layers.0.self_attn.in_proj_bias"
+    split = packed.replace("in_proj_bias", "k_proj.bias")
+    with pytest.raises(ValueError, match=rf"'{packed}' and '{split}', which both are encoder\.blocks\.0\.self_attn\.k_proj\.bias"):
+        keys.read(Fusion(), {**state, split: torch.ones(8)})
+
+
 @pytest.mark.parametrize("queries", [3, 4, 11])
 def test_more_queries_than_trained(queries):
     state = Fusion().state_dict()
