@@ -83,7 +83,8 @@ def regression(student: Logits, teacher: Float[np.ndarray, " m"]) -> Affine:
 def platt(z: Logits, present: Bool[np.ndarray, " m"], ridge: float = 0.0) -> Affine:
     """Platt's scaling: the (a, b) of least cross-entropy of σ(a·z + b), by Newton's method with halved steps.
 
-    Targets are his, (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2), so that separable logits have a finite optimum.
+    Targets are his, (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2), so that separable logits have a finite optimum. Logits
+    may be of any size; if all are equal they are only shifted.
     Platt, Probabilistic outputs for support vector machines, 1999; Lin, Lin & Weng, A note on Platt's outputs, 2007.
 
     Args:
@@ -101,20 +102,24 @@ def platt(z: Logits, present: Bool[np.ndarray, " m"], ridge: float = 0.0) -> Aff
         raise ValueError(f"want present and absent pairs, one label a logit; got {positives}, {negatives}, {len(z)} logits")
     target = np.where(present, (positives + 1) / (positives + 2), 1 / (negatives + 2))
 
-    def cost(w: NDArray[np.float64]) -> float:
-        s = w[0] * z + w[1]
-        penalty = ridge * ((w[0] - 1) ** 2 + w[1] ** 2)
-        return float(np.sum(np.logaddexp(0.0, s) - target * s) + penalty)
+    # In units of the logits' own spread, and from a flat start (Lin, Lin & Weng): where σ is saturated there is no slope to follow.
+    mean, spread = float(np.mean(z)), float(np.std(z))
+    unit = spread if spread > 0 else 1.0
+    back = np.array([[1 / unit, 0.0], [-mean / unit, 1.0]])  # (a, b) = back · (slope, shift) of (z − mean) / unit
+    x = np.stack(((z - mean) / unit, np.ones(len(z))))
 
-    w = np.array([1.0, 0.0])
+    def cost(w: NDArray[np.float64]) -> float:
+        s = w @ x
+        return float(np.sum(np.logaddexp(0.0, s) - target * s) + ridge * np.sum((back @ w - [1.0, 0.0]) ** 2))
+
+    w = np.array([0.0 if spread > 0 else 1.0, math.log((positives + 1) / (negatives + 1))])
     now = cost(w)
     for _ in range(STEPS):
-        p = np.exp(-np.logaddexp(0.0, -(w[0] * z + w[1])))
-        gradient = np.array([np.sum((p - target) * z), np.sum(p - target)]) + 2 * ridge * (w - [1.0, 0.0])
-        if np.abs(gradient).max() < TOLERANCE * max(1, len(z)):
+        p = np.exp(-np.logaddexp(0.0, -(w @ x)))
+        gradient = x @ (p - target) + 2 * ridge * back.T @ (back @ w - [1.0, 0.0])
+        if np.abs(gradient).max() < TOLERANCE * len(z):
             break
-        v = p * (1 - p)
-        hessian = np.array([[np.sum(v * z * z), np.sum(v * z)], [np.sum(v * z), np.sum(v)]]) + (2 * ridge + 1e-12) * np.eye(2)
+        hessian = (x * (p * (1 - p))) @ x.T + 2 * ridge * back.T @ back + 1e-12 * np.eye(2)
         step = np.linalg.solve(hessian, gradient)
         size = 1.0
         while size > 1e-10 and cost(w - size * step) > now - 1e-4 * size * float(gradient @ step):
@@ -123,6 +128,9 @@ def platt(z: Logits, present: Bool[np.ndarray, " m"], ridge: float = 0.0) -> Aff
             break
         w = w - size * step
         now = cost(w)
+    if np.abs(gradient).max() > 1e-6 * len(z):
+        raise ValueError(f"no minimum found for logits between {z.min():.3g} and {z.max():.3g}; the gradient is still {gradient}")
+    w = back @ w
     if w[0] <= 0:
         raise ValueError(f"absent pairs have the higher logits (best slope {w[0]:.3g}); an affine map cannot help")
     return Affine(float(w[0]), float(w[1]))

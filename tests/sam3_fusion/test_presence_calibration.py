@@ -46,8 +46,8 @@ def platt_cost(a, b, z, present, ridge=0.0):
     total = ridge * ((a - 1) ** 2 + b**2)
     for one, label in zip(z, present):
         t = (up + 1) / (up + 2) if label else 1 / (down + 2)
-        p = 1 / (1 + math.exp(-(a * one + b)))
-        total -= t * math.log(p) + (1 - t) * math.log(1 - p)
+        s = a * one + b
+        total += np.logaddexp(0, -s) * t + np.logaddexp(0, s) * (1 - t)
     return total
 
 
@@ -59,6 +59,45 @@ def test_platt_is_the_minimum_of_its_cost(gap, ridge):
     best = platt_cost(a, b, z, present, ridge)
     for da, db in itertools.product((-1e-3, 0, 1e-3), repeat=2):
         assert platt_cost(a + da, b + db, z, present, ridge) >= best - 1e-9
+
+
+def searched(z, present, ridge):
+    """Platt's optimum by brute force: the best of a grid around the best so far, in units of the logits' spread, ever finer."""
+    n, mean, unit = len(z), z.mean(), z.std()
+    up, down = present.sum(), n - present.sum()
+    target = np.where(present, (up + 1) / (up + 2), 1 / (down + 2))
+
+    def cost(slope, shift):
+        a, b = slope / unit, shift - slope * mean / unit
+        s = a[..., None] * z + b[..., None]
+        return (np.logaddexp(0, s) - target * s).sum(-1) + ridge * ((a - 1) ** 2 + b**2)
+
+    at, width = np.zeros(2), 64.0
+    for _ in range(200):
+        slopes, shifts = np.meshgrid(at[0] + width * np.linspace(-1, 1, 21), at[1] + width * np.linspace(-1, 1, 21))
+        values = cost(slopes, shifts)
+        best = np.unravel_index(values.argmin(), values.shape)
+        at, width = np.array([slopes[best], shifts[best]]), 0.75 * width
+    return at[0] / unit, at[1] - at[0] * mean / unit
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "z", [(-100, -90, 100, 120), (-1e6, -9e5, 2e6, 3e6), (-1e-3, -2e-3, 0, 3e-3), (900, 901, 903, 904), (-700, 30, -20, 800), (-60, -55, 30, 2, 5, -40)], ids=str
+)  # fmt: skip
+def test_platt_finds_the_optimum_of_logits_of_any_size(z, ridge):
+    z, present = np.array(z, float), np.arange(len(z)) >= 2
+    a, b = calibration.platt(z, present, ridge)
+    wanted = searched(z, present, ridge)
+    assert platt_cost(a, b, z, present, ridge) <= platt_cost(*wanted, z, present, ridge) + 1e-9
+    if not ridge:  # with it the valley may be too narrow for a grid: ours is then the lower
+        np.testing.assert_allclose(a * z + b, wanted[0] * z + wanted[1], rtol=1e-3, atol=1e-4)
+
+
+def test_logits_without_spread_are_only_shifted_by_platt():
+    a, b = calibration.platt(np.full(3, 7.0), np.array([True, True, False]))
+    assert a == 1.0
+    assert 1 / (1 + math.exp(-(7 + b))) == pytest.approx((2 * 3 / 4 + 1 / 3) / 3)
 
 
 def test_the_fitted_offset_is_platts_optimum_at_slope_one():
