@@ -131,8 +131,20 @@ def average_precision(
     return Precision(tuple(thresholds), tuple(by_threshold), tuple(recalls), count)
 
 
+def _no_gaps(name: str, values: Float[np.ndarray, " n"]) -> None:
+    """NaN has no place in an order and is no probability: a figure made of it would be a wrong figure."""
+    gaps = np.flatnonzero(np.isnan(values))
+    if len(gaps):
+        raise ValueError(f"{name} must be numbers, got NaN at {len(gaps)} of {len(values)}, first at index {gaps[0]}")
+
+
 def auroc(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float:
-    """Probability that a positive scores above a negative, ties counted half; NaN without either."""
+    """Probability that a positive scores above a negative, ties counted half; NaN without either.
+
+    Raises:
+        ValueError: for a score that is NaN (infinities have their place in the order).
+    """
+    _no_gaps("scores", scores)
     positives, negatives = int(positive.sum()), int((~positive).sum())
     if not positives or not negatives:
         return math.nan
@@ -143,13 +155,25 @@ def auroc(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> 
 
 
 def log_loss(logits: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float:
-    """Mean negative log-likelihood of σ(logits), in nats."""
+    """Mean negative log-likelihood of σ(logits), in nats.
+
+    Raises:
+        ValueError: for a logit that is NaN.
+    """
+    _no_gaps("logits", logits)
     signed = np.where(positive, logits, -logits).astype(np.float64)
     return float(np.mean(np.logaddexp(0.0, -signed)))
 
 
 def calibration_error(probability: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"], bins: int = 10) -> float:
-    """Expected calibration error: |mean probability − share of positives| over equal-width bins, weighted by their size."""
+    """Expected calibration error: |mean probability − share of positives| over equal-width bins, weighted by their size.
+
+    Raises:
+        ValueError: for a probability outside [0, 1] or NaN.
+    """
+    _no_gaps("probability", probability)
+    if len(probability) and not 0 <= probability.min() <= probability.max() <= 1:
+        raise ValueError(f"probability must be in [0, 1], got values from {probability.min():.3g} to {probability.max():.3g}")
     index = np.minimum((probability * bins).astype(int), bins - 1)
     error = 0.0
     for b in range(bins):

@@ -89,6 +89,9 @@ def measure(reading: Reading, processor: Processor) -> dict[str, float]:
     prompts found (IoU of at least 0.5) above the threshold; false positives the share of absent prompts with anything above
     it. With a presence token: its decision by itself, and SA-Co's summary cgF1 = 100 · MCC of presence at 0.5 · pmF1, where
     pmF1 is the F1 of boxes over present prompts, mean over IoU 0.5 … 0.95.
+
+    Raises:
+        ValueError: for a score, box or presence logit that is NaN.
     """
     present, truths = reading.present, sum(map(len, reading.truth))
     probability = reading.probability(processor)
@@ -110,7 +113,7 @@ def measure(reading: Reading, processor: Processor) -> dict[str, float]:
         "false positives, hard": mean(any_found[reading.kinds == "hard"]),
         "pmF1": 100 * f1,
     }
-    if not np.isfinite(reading.presence).all():
+    if (reading.presence == NO_PRESENCE).all():
         return metrics
     z, near = reading.presence, reading.kinds != "absent"
     decided = detection.matthews(z > 0, present)

@@ -135,3 +135,13 @@ def test_matthews_by_hand():
     assert detection.matthews(np.ones(4, bool), positive) == 0.0
     predicted = np.array([True, False, True, True])
     assert math.isclose(detection.matthews(predicted, positive), (1 * 0 - 2 * 1) / math.sqrt(3 * 2 * 2 * 1))
+
+
+def test_nan_is_an_error_and_no_order():
+    some, positive = np.array([0.1, np.nan, np.nan]), np.array([True, False, True])
+    for metric, name in ((detection.auroc, "scores"), (detection.log_loss, "logits"), (detection.calibration_error, "probability")):
+        with pytest.raises(ValueError, match=f"{name} must be numbers, got NaN at 2 of 3, first at index 1"):
+            metric(some, positive)
+    assert detection.auroc(np.array([np.inf, 0.0, -np.inf]), np.array([True, False, False])) == 1.0
+    with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], got values from 0.1 to 1.5"):
+        detection.calibration_error(np.array([0.1, 1.5]), np.array([True, False]))
