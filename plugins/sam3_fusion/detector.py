@@ -20,7 +20,7 @@ from core.layers import TransformerBlock
 from core.registry import register
 from plugins.sam3_fusion.decoder import QueryDecoder
 from plugins.sam3_fusion.export import fusion_parts
-from plugins.sam3_fusion.fusion_encoder import FusionEncoder
+from plugins.sam3_fusion.fusion_encoder import Fused, FusionEncoder
 from plugins.sam3_fusion.scoring import PromptScorer
 
 
@@ -138,6 +138,14 @@ class PromptTokens(nn.Module):
         return prompt, F.pad(pad, (0, 1), value=False)
 
 
+class Prompted(NamedTuple):
+    """Image tokens fused with prompts, and the prompts as the encoder read them."""
+
+    fused: Fused
+    prompt: Float[Tensor, "p more d"]
+    pad: Bool[Tensor, "p more"]
+
+
 class Detected(NamedTuple):
     """What a detector gives, for every decoder layer.
 
@@ -235,12 +243,27 @@ class PromptedDetector(nn.Module):
         pad: Bool[Tensor, "p l"],
         image_of: Int[Tensor, " p"],
     ) -> Detected:
-        """Everything after the trunk and neck; what does not depend on the prompt is computed once an image."""
+        """Everything after the trunk and neck."""
+        return self.detect(self.fuse(features, tokens, pad, image_of))
+
+    def fuse(
+        self,
+        features: Float[Tensor, "b d h w"],
+        tokens: Float[Tensor, "p l t"],
+        pad: Bool[Tensor, "p l"],
+        image_of: Int[Tensor, " p"],
+    ) -> Prompted:
+        """Image tokens fused with each pair's prompt; what does not depend on the prompt is computed once an image."""
         prompt, pad = self.prompt(tokens, pad)
         if self.encoder.pooled_text == "none":
             fused = self.encoder.fuse(self.encoder.image_state(features).select(image_of), prompt, pad)
         else:
             fused = self.encoder(features[image_of], prompt, pad)
+        return Prompted(fused, prompt, pad)
+
+    def detect(self, given: Prompted) -> Detected:
+        """Decoder, scorer and cell head on what `fuse` gave."""
+        fused, prompt, pad = given
         out = self.decoder(fused.memory, fused.sizes[0], prompt, pad, fused.pos)
         cells = None
         if self.cell_head is not None:

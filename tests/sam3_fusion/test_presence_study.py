@@ -15,7 +15,17 @@ from plugins.sam3_fusion.reading import Reading
 from plugins.sam3_fusion.schedule import TwoPhases
 from plugins.sam3_fusion.scoring import PromptScorer
 from plugins.sam3_fusion.student import IMAGENET_MEAN, IMAGENET_STD, StudentTrunk, explained, feature_loss, imagenet_of_half
-from plugins.sam3_fusion.study import CONDITIONS, FIXES, PresenceStudy, balanced, fix_rows, recommendation, scatter
+from plugins.sam3_fusion.study import (
+    CONDITIONS,
+    FIXES,
+    PresenceStudy,
+    answer,
+    balanced,
+    distillation_loss,
+    fix_rows,
+    recommendation,
+    scatter,
+)
 from plugins.sam3_fusion.task import PromptedDetection
 
 
@@ -238,3 +248,27 @@ def test_skipping_presence_is_judged_by_what_is_found(finished):
     assert "matched/fix/skip/AUROC" not in metrics
     row = next(r for r in fix_rows(metrics, "matched") if r[0] == FIXES["skip"])
     assert row[1] is None
+
+
+def test_continued_distillation_compares_presence_queries_boxes_and_memory():
+    torch.manual_seed(0)
+    net = detection().detector(8, 32).eval()
+    batch = {
+        "image": torch.randn(2, 3, 32, 32), "tokens": torch.randn(3, 4, 8), "pad": torch.zeros(3, 4, dtype=torch.bool), "image_of": torch.tensor([0, 1, 1]),
+    }  # fmt: skip
+    ours, memory = answer(net, batch)
+    whole = net(batch["image"], batch["tokens"], batch["pad"], batch["image_of"])
+    assert all(
+        torch.equal(a, b) for a, b in zip((ours.scores, ours.boxes, ours.presence), (whole.scores, whole.boxes, whole.presence))
+    )
+    assert memory.shape == (3, 16, 16)
+    theirs = ours._replace(presence=ours.presence + 2, scores=ours.scores - 3, boxes=ours.boxes + 0.1)
+    for changed, wanted in (
+        (ours, 0.0), (ours._replace(presence=theirs.presence), 4.0), (ours._replace(scores=theirs.scores), 9.0), (ours._replace(boxes=theirs.boxes), 0.5), (theirs, 13.5),
+    ):  # fmt: skip
+        assert distillation_loss(ours, memory, changed, memory, 1.0).item() == pytest.approx(wanted, abs=1e-5)
+        assert distillation_loss(ours, memory, changed, memory + 2, 0.5).item() == pytest.approx(wanted + 2.0, abs=1e-5)
+    gradient = torch.autograd.grad(
+        distillation_loss(ours, memory, whole, (memory + 1).detach(), 1.0), list(net.encoder.parameters()), allow_unused=True
+    )
+    assert any(g is not None and g.abs().max() > 0 for g in gradient)  # what the memory term alone teaches
