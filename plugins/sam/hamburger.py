@@ -62,9 +62,9 @@ class MatrixDecomposition(nn.Module):
 
     def initial_bases(self, x: Float[Tensor, "b c n"]) -> Float[Tensor, "b c r"]:
         if self.training or self.eval_seed is None:
-            drawn = torch.rand(x.shape[0], self.dim, self.rank, device=x.device)
+            drawn = torch.rand(x.shape[0], self.dim, self.rank, device=x.device, dtype=x.dtype)
         else:
-            drawn = repeat(self.bases, "c r -> b c r", b=x.shape[0])
+            drawn = repeat(self.bases.to(x.dtype), "c r -> b c r", b=x.shape[0])
         return F.normalize(drawn, dim=1)
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

@@ -46,6 +46,16 @@ def test_factorisation_by_hand():
         assert_close(ours.flatten(1), by_hand(sample.flatten(1), start, 2), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_it_runs_in_float32_whatever_the_module_was_cast_to(dtype, training):
+    x = torch.rand(1, 16, 4, 4)
+    out = MatrixDecomposition(16, rank=4).to(dtype).train(training)(x.to(dtype))
+    assert out.dtype == dtype
+    if not training:
+        assert_close(out.float(), MatrixDecomposition(16, rank=4).eval()(x), atol=0.02, rtol=0.02)
+
+
 @torch.no_grad()
 def test_full_rank_reconstructs_what_has_low_rank():
     x = (torch.rand(2, 6, 1) @ torch.rand(2, 1, 12)).view(2, 6, 3, 4)  # rank 1, non-negative

@@ -37,6 +37,26 @@ def counted(module, *inputs):
     return layers / 1e9, record.macs / 1e9
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_whole_model_runs_in_every_precision(dtype, training):
+    image, depth, text = inputs()
+    text[0, 2:] = 0
+    expected = tiny()(image, depth, text)
+    cast = tiny().to(dtype).train(training)
+    logits = cast(image.to(dtype), depth.to(dtype), text.to(dtype))
+    logits.float().square().mean().backward()
+    assert logits.dtype == dtype
+    assert torch.isfinite(logits).all()
+    assert all(torch.isfinite(p.grad).all() for p in cast.parameters() if p.grad is not None)
+    if not training:
+        assert (logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+    if dtype != torch.float64:
+        with torch.autocast("cpu", dtype):
+            mixed = tiny().train(training)(image, depth, text)
+        assert torch.isfinite(mixed).all()
+
+
 @pytest.mark.parametrize(
     ("size", "dim", "plain", "plain_gmacs", "guided", "guided_gmacs"),
     [
