@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from plugins.sam3_fusion.detector import Detected, PromptedDetector
 from plugins.sam3_fusion.losses import presence_loss
 from plugins.sam3_fusion.processor import Processor
 from plugins.sam3_fusion.reading import Reading
-from plugins.sam3_fusion.scenes import PromptedScenes
+from plugins.sam3_fusion.scenes import PromptedScenes, collate
 from plugins.sam3_fusion.student import StudentTrunk, explained, feature_loss, imagenet_of_half
 from plugins.sam3_fusion.task import PromptedDetection
 
@@ -54,6 +55,7 @@ FIXES: dict[str, str] = {
     "features": "feature match",
     "features_moment": "feature + moment",
     "input": "input as trained",
+    "presence_few": "presence only, few",
     "presence": "presence only",
     "distil": "distillation",
 }
@@ -129,9 +131,10 @@ class PresenceStudy(Task):
         student: constructor of a student's trunk; it is given `channels`.
         cosine_weight: of the cosine term of the feature loss.
         calibration: test images that fixes are fitted on; all others are what is measured.
-        labels: labelled pairs for fixes that need them (drawn from the calibration images).
+        labels: labelled pairs for fixes that need them (drawn from the calibration images); the same for each.
         offset: the shift of the fix "constant offset".
-        presence_steps, presence_lr: of presence-only finetuning, on labelled pairs of the training images.
+        presence_steps, presence_lr: of presence-only finetuning, on the few labelled pairs, and on labelled pairs of the training
+            images, which are as many as its steps see.
         distil_steps, distil_lr: of continued distillation, on unlabelled pairs of the training images.
         distil_memory: weight of its term on fused image tokens.
         prior: share of present pairs that the linear discriminant assumes.
@@ -342,6 +345,7 @@ class PresenceStudy(Task):
             again = copy.deepcopy(student)
             again.trunk = Prepared(again.trunk)
             yield "input", Repaired(self.read(again, self.test))
+        yield "presence_few", self._presence_only(student, self._pairs(student, chosen))
         yield "presence", self._presence_only(student)
         yield "distil", self._distilled(model, student)
 
@@ -358,22 +362,37 @@ class PresenceStudy(Task):
         calibration.fold_channels(last, *calibration.feature_match(ours, theirs))
         return made
 
-    def _presence_only(self, student: PromptedDetector) -> Repaired:
-        """Token, norm and head of presence, on labelled pairs; everything else frozen and in evaluation mode."""
+    def _pairs(self, student: PromptedDetector, chosen: NDArray[np.int64]) -> dict[str, Any]:
+        """A batch of the chosen pairs of the calibration images, numbered as in a reading."""
+        never = np.random.default_rng(0)
+        whole = collate([self.fitting.sample(i, never) for i in range(len(self.fitting))], self.detection.texts)
+        index = torch.from_numpy(chosen)
+        images, image_of = whole["image_of"][index].unique(return_inverse=True)
+        pairs = {k: whole[k][index] for k in ("tokens", "pad", "boxes", "valid")}
+        return to_device({"image": whole["image"][images], "image_of": image_of, **pairs}, next(student.parameters()).device)
+
+    def _presence_only(self, student: PromptedDetector, few: Mapping[str, Any] | None = None) -> Repaired:
+        """Token, norm and head of presence; everything else frozen and in evaluation mode.
+
+        Args:
+            student: stays as it is.
+            few: labelled pairs, all of them in every step. None takes new ones from the training images in every step.
+        """
         made = copy.deepcopy(student).eval().requires_grad_(False)
         assert made.decoder.presence is not None
         learned = list(made.decoder.presence.requires_grad_().parameters())
-        pairs = 0
+        seen = [0] if few is None else [len(few["image_of"])]
+        batches = self.detection.batches(0, self.seed + 1) if few is None else itertools.repeat(few)
 
         def loss(batch: Any) -> Tensor:
-            nonlocal pairs
-            pairs += len(batch["image_of"])
+            if few is None:
+                seen.append(len(batch["image_of"]))
             out = made(batch["image"], batch["tokens"], batch["pad"], batch["image_of"])
             assert out.presence is not None
             return presence_loss(out.presence, batch["valid"].any(dim=1))
 
-        seconds = self._train(learned, loss, self.presence_steps, self.presence_lr)
-        return Repaired(self.read(made, self.test), sum(p.numel() for p in learned), pairs, 0, seconds)
+        seconds = self._train(learned, loss, batches, self.presence_steps, self.presence_lr)
+        return Repaired(self.read(made, self.test), sum(p.numel() for p in learned), sum(seen), 0, seconds)
 
     def _distilled(self, model: Pupils, student: PromptedDetector) -> Repaired:
         """Everything after the trunk, against the teacher (`distillation_loss`)."""
@@ -392,15 +411,16 @@ class PresenceStudy(Task):
             return distillation_loss(*answer(made, batch), *theirs, self.distil_memory)
 
         training = model.teacher.training
-        seconds = self._train(learned, loss, self.distil_steps, self.distil_lr)
+        seconds = self._train(learned, loss, self.detection.batches(0, self.seed + 1), self.distil_steps, self.distil_lr)
         model.teacher.train(training)
         return Repaired(self.read(made, self.test), sum(p.numel() for p in learned), 0, pairs, seconds)
 
-    def _train(self, learned: Sequence[nn.Parameter], loss: Callable[[Any], Tensor], steps: int, lr: float) -> float:
+    def _train(
+        self, learned: Sequence[nn.Parameter], loss: Callable[[Any], Tensor], batches: Iterator[Any], steps: int, lr: float
+    ) -> float:
         """CPU seconds of a short training run at a rate that falls to nothing along half a cosine."""
         started = time.process_time()
         optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=0.0)
-        batches = self.detection.batches(0, self.seed + 1)
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -86,6 +86,13 @@ def test_every_fix_is_measured_in_every_condition(finished):
             assert metrics[f"{condition}/fix/{fix}/AUROC"] == pytest.approx(metrics[f"{condition}/fix/none/AUROC"])
     presence = sum(p.numel() for n, p in net.teacher.named_parameters() if "presence" in n)
     assert metrics["matched/fix/presence/trained"] == presence
+    assert metrics["matched/fix/presence_few/trained"] == presence
+    assert (
+        metrics["matched/fix/presence_few/labels"]
+        == metrics["matched/fix/platt/labels"]
+        == 6
+        < metrics["matched/fix/presence/labels"]
+    )
     assert metrics["matched/fix/distil/labels"] == 0 < metrics["matched/fix/distil/pairs"]
     assert metrics["matched/fix/platt/labels"] == 6
     titles = [t.title for t in task.tables(metrics)]
@@ -272,3 +279,16 @@ def test_continued_distillation_compares_presence_queries_boxes_and_memory():
         distillation_loss(ours, memory, whole, (memory + 1).detach(), 1.0), list(net.encoder.parameters()), allow_unused=True
     )
     assert any(g is not None and g.abs().max() > 0 for g in gradient)  # what the memory term alone teaches
+
+
+def test_the_few_pairs_are_those_of_the_reading(finished):
+    task, net, _, _ = finished
+    student = net.student("matched").eval()
+    said = task.read(student, task.fitting)
+    chosen = balanced(said.present, 6, np.random.default_rng(3))
+    pairs = task._pairs(student, chosen)
+    np.testing.assert_array_equal(pairs["valid"].any(dim=1).numpy(), said.present[chosen])
+    with torch.no_grad():
+        out = student(pairs["image"], pairs["tokens"], pairs["pad"], pairs["image_of"])
+    np.testing.assert_allclose(out.presence[-1].numpy(), said.presence[chosen], atol=1e-5)
+    np.testing.assert_allclose(out.scores[-1].numpy(), said.scores[chosen], atol=1e-5)
