@@ -32,7 +32,7 @@ from plugins.sam3_fusion.processor import Processor
 from plugins.sam3_fusion.scenes import Prompt
 from plugins.sam3_fusion.scoring import PromptScorer
 from plugins.sam3_fusion.student import StudentTrunk
-from plugins.sam3_fusion.study import CONDITIONS, FIXES, PresenceStudy
+from plugins.sam3_fusion.study import CLOSE, CONDITIONS, FIXES, PresenceStudy
 from plugins.sam3_fusion.task import PromptedDetection
 
 DIM, GRID = 32, (4, 5)
@@ -339,6 +339,11 @@ def _fix(metrics: Mapping[str, float], fix: str, figure: str) -> tuple[float, fl
     return first, second
 
 
+def _tried(metrics: Mapping[str, float], condition: str) -> list[str]:
+    """The fixes that were measured in a condition."""
+    return [f for f in FIXES if f != "none" and f"{condition}/fix/{f}/cgF1" in metrics]
+
+
 def _pair(values: tuple[float, float]) -> str:
     return f"{values[0]:.2f} and {values[1]:.2f}"
 
@@ -391,13 +396,23 @@ def presence_only() -> Verdict:
         assert decoder.presence is not None
         count = _parameters(decoder.presence)
     assert count == 132_609
-    nll, was = _fix(m, "presence", "NLL"), _fix(m, "none", "NLL")
-    recall, before, target = _fix(m, "presence", "recall"), _fix(m, "none", "recall"), m["teacher/fix/none/recall"]
-    assert all(a < b for a, b in zip(nll, was))
+    nll, was = _fix(m, "presence_few", "NLL"), _fix(m, "none", "NLL")
+    recall, before = _fix(m, "presence_few", "recall"), _fix(m, "none", "recall")
+    calibrates, finds = all(a < b for a, b in zip(nll, was)), all(a >= b for a, b in zip(recall, before))
+    few, many = (m[f"matched/fix/{f}/labels"] for f in ("presence_few", "presence"))
+    assert few == m["matched/fix/platt/labels"] < many
+    measured = (
+        f"{count:,} parameters at full size. With {few:.0f} labelled pairs NLL of presence {_pair(was)} becomes {_pair(nll)}, recall {_pair(before)} becomes "
+        f"{_pair(recall)}; with {many:,.0f} NLL {_pair(_fix(m, 'presence', 'NLL'))}, recall {_pair(_fix(m, 'presence', 'recall'))}; teacher NLL "
+        f"{m['teacher/fix/none/NLL']:.2f}, recall {m['teacher/fix/none/recall']:.2f}"
+    )
+    if calibrates == finds:
+        return holds(calibrates, measured=measured)
+    gained, lost = ("calibrates presence", "recall falls") if calibrates else ("brings recall back", "presence is calibrated worse")
     return depends(
-        measured=f"{count:,} parameters at full size; NLL of presence {_pair(was)} becomes {_pair(nll)}, recall {_pair(before)} becomes {_pair(recall)} (teacher {target:.2f}), with "
-        f"{m['matched/fix/presence/labels']:.0f} labelled pairs",
-        why="it calibrates presence, and needs absent prompts and labels to do so; it cannot restore queries and boxes that the changed features have spoiled",
+        measured=measured,
+        why=f"little data is enough for what it does: it {gained}; but {lost}. What it trains comes after the queries and boxes that the changed "
+        "features have spoiled; and it needs labels and absent prompts",
     )
 
 
@@ -406,12 +421,19 @@ def distillation() -> Verdict:
     m = miniature()
     auroc, was = _fix(m, "distil", "AUROC"), _fix(m, "none", "AUROC")
     score, before, target = _fix(m, "distil", "cgF1"), _fix(m, "none", "cgF1"), m["teacher/fix/none/cgF1"]
-    assert all(a > b for a, b in zip(auroc, was))
+    better = [a > b for a, b in zip((*auroc, *score), (*was, *before))]
+    others = tuple(max((f for f in _tried(m, c) if f != "distil"), key=lambda f: m[f"{c}/fix/{f}/cgF1"]) for c in CONDITIONS)
+    shown = " and ".join(f"{m[f'{c}/fix/{f}/cgF1']:.2f} ({FIXES[f]})" for c, f in zip(CONDITIONS, others))
+    measured = (
+        f"AUROC of presence {_pair(was)} becomes {_pair(auroc)} (teacher {m['teacher/fix/none/AUROC']:.2f}); cgF1 {_pair(before)} becomes {_pair(score)} (teacher {target:.2f}; best other "
+        f"fix {shown}), {m['matched/fix/distil/seconds']:.1f} CPU seconds, no labels"
+    )
+    if min(score) >= target - CLOSE or not any(better):
+        return holds(min(score) >= target - CLOSE, measured=measured)
     return depends(
-        measured=f"AUROC of presence {_pair(was)} becomes {_pair(auroc)} (teacher {m['teacher/fix/none/AUROC']:.2f}); cgF1 {_pair(before)} becomes {_pair(score)} (teacher {target:.2f}), "
-        f"{m['matched/fix/distil/seconds']:.1f} CPU seconds, no labels",
-        why="the most that any fix after the trunk gives where features are far off; where they are close it gains nothing that two parameters do not, and a wrong normalisation is "
-        "cheaper put right (docs/sam3_presence.md)",
+        measured=measured,
+        why="against the teacher's presence, query logits, boxes and image tokens. It restores what no map of the logit can, and only part of what was lost: the trunk stays as it is. In the "
+        "larger study it gains nothing where features are close (R² 0.9), and a wrong normalisation is cheaper put right (docs/sam3_presence.md)",
     )
 
 
@@ -432,15 +454,21 @@ def priority() -> Verdict:
     m = miniature()
     stated = ("skip", "presence", "distil", "offset")
     ours = sorted(stated, key=lambda f: -sum(_fix(m, f, "cgF1")))
-    free = [
-        f for f in FIXES if f"mismatched/fix/{f}/cgF1" in m and m[f"mismatched/fix/{f}/labels"] == 0 and f not in ("none", "skip")
-    ]
-    best = max(free, key=lambda f: m[f"mismatched/fix/{f}/cgF1"])
     shown = ", ".join(f"{FIXES[f]} {_pair(_fix(m, f, 'cgF1'))}" for f in ours)
+    cost = ("input", "features", "features_moment", "distil")  # from the cheapest
+    spent = [tuple(m[f"mismatched/fix/{f}/{k}"] for k in ("labels", "trained", "pairs")) for f in cost]
+    assert spent == sorted(spent)
+    score = {f: m[f"mismatched/fix/{f}/cgF1"] for f in cost}
+    assert min(score.values()) > m["mismatched/fix/none/cgF1"]
+    paid = "; ".join(
+        f"{FIXES[f]} {score[f]:.2f} for {m[f'mismatched/fix/{f}/trained']:,.0f} parameters, {m[f'mismatched/fix/{f}/seconds']:.1f} CPU s"
+        for f in cost
+    )
     return holds(
         tuple(ours) == stated,
-        measured=f"by cgF1: {shown}; unrepaired {_pair(_fix(m, 'none', 'cgF1'))}; best without labels after another preprocessing: {FIXES[best]} {m[f'mismatched/fix/{best}/cgF1']:.2f}",
-        why="first make inference see what training saw; then match feature moments (folded into one convolution), then distil; skipping presence gives up rejection",
+        measured=f"by cgF1: {shown}; unrepaired {_pair(_fix(m, 'none', 'cgF1'))}. After another preprocessing, without labels, the cheapest first: {paid}",
+        why=f"by effect alone the order of the four is another, and after another preprocessing {FIXES[max(score, key=lambda f: score[f])]} gives most. By cost: make inference see what "
+        "training saw; where that cannot be changed match feature moments, folded into one convolution; distil if that is not enough. Skipping presence gives up rejection",
     )
 
 
