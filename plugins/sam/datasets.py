@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float32, UInt8
+from PIL import Image
 
 from core import data, images, samples
 from core.registry import register
@@ -145,6 +147,14 @@ class RGBDScenes:
     def _depth(self, record: Record) -> Float32[np.ndarray, "h w"]:
         if self.depth_encoding == "gray8":
             gray = images.read_image(self.root / record.depth, "L")
+            with Image.open(self.root / record.depth) as image:  # the header only
+                mode = image.mode
+            if mode.startswith(("I", "F")):  # Pillow clips these to 255
+                raw = images.read_image(self.root / record.depth, "raw")
+                raise images.ImageError(
+                    f"{self.root / record.depth}: depth_encoding 'gray8' wants the release's maps of 8 bits, this one holds {mode} "
+                    f"values from {raw.min()} to {raw.max()}; if they are millimetres, set depth_encoding = 'millimetres'"
+                )
             return gray.astype(np.float32) / np.float32(255)
         raw = images.read_image(self.root / record.depth, "raw")
         if raw.ndim != 2 or raw.dtype == np.uint8:
@@ -208,7 +218,9 @@ class SUNRGBD(RGBDScenes):
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 
-def check(layout: type[RGBDScenes], root: str, *, decode: bool = True) -> list[data.Finding]:
+def check(
+    layout: type[RGBDScenes], root: str, *, decode: bool = True, depth_encoding: Literal["gray8", "millimetres"] = "gray8"
+) -> list[data.Finding]:
     """Compare a folder with the data set as published; `decode` reads every image too."""
     folder = Path(root).expanduser()
     splits, problems = layout.survey(folder)
@@ -221,12 +233,16 @@ def check(layout: type[RGBDScenes], root: str, *, decode: bool = True) -> list[d
     for split, records in splits.items():
         level: Literal["ok", "warning"] = "ok" if len(records) == layout.published[split] else "warning"
         findings.append(data.Finding(level, f"{split} images", str(len(records)), str(layout.published[split])))
+        twice = sorted(image for image, times in Counter(r.image for r in records).items() if times > 1)
+        if twice:
+            more = f" and {len(twice) - 5} more" if len(twice) > 5 else ""
+            findings.append(data.Finding("error", f"images twice in {split}.txt", ", ".join(twice[:5]) + more, "none"))
     doubled = {r.image for r in splits["train"]} & {r.image for r in splits["test"]}
     if doubled:
         findings.append(data.Finding("error", "images in both lists", ", ".join(sorted(doubled)[:5]), "none"))
     if problems or not decode:
         return findings
-    opened: Any = layout(root)  # type: ignore[call-arg]
+    opened = layout(root, depth_encoding, 10.0)
     seen = np.zeros(256, np.int64)
     bad = 0
     for record in (*opened.train, *opened.test):
@@ -248,12 +264,18 @@ def check(layout: type[RGBDScenes], root: str, *, decode: bool = True) -> list[d
 
 
 @register("dataset_checker", paper="NYUDepthv2, layout of DFormer's release")
-def nyudepthv2(root: str, decode: bool = True) -> list[data.Finding]:
-    """Compare the folder `root` with NYUDepthv2 as published. `decode=False` skips reading the images."""
-    return check(NYUDepthv2, root, decode=decode)
+def nyudepthv2(root: str, decode: bool = True, depth_encoding: Literal["gray8", "millimetres"] = "gray8") -> list[data.Finding]:
+    """Compare the folder `root` with NYUDepthv2 as published. `decode=False` skips reading the images.
+
+    `depth_encoding` says how its depth is stored, as for the data set.
+    """
+    return check(NYUDepthv2, root, decode=decode, depth_encoding=depth_encoding)
 
 
 @register("dataset_checker", paper="SUN RGB-D, layout of DFormer's release")
-def sunrgbd(root: str, decode: bool = True) -> list[data.Finding]:
-    """Compare the folder `root` with SUN RGB-D as published. `decode=False` skips reading the images."""
-    return check(SUNRGBD, root, decode=decode)
+def sunrgbd(root: str, decode: bool = True, depth_encoding: Literal["gray8", "millimetres"] = "gray8") -> list[data.Finding]:
+    """Compare the folder `root` with SUN RGB-D as published. `decode=False` skips reading the images.
+
+    `depth_encoding` says how its depth is stored, as for the data set.
+    """
+    return check(SUNRGBD, root, decode=decode, depth_encoding=depth_encoding)

@@ -145,6 +145,30 @@ def test_millimetres_keep_the_scale(tmp_path):
         scenes.read(scenes.train[0])
 
 
+def test_metric_depth_is_refused_where_gray_is_expected(tmp_path):
+    """Pillow would clip it to 255: a constant 1."""
+    rgbd_sample(str(tmp_path / "mm"), **TINY, depth="millimetres")
+    scenes = NYUDepthv2(str(tmp_path / "mm"))
+    complaint = (
+        r"Depth/0000\.png: depth_encoding 'gray8' wants .* 8 bits, this one holds I;16 .* set depth_encoding = 'millimetres'"
+    )
+    with pytest.raises(ImageError, match=complaint):
+        scenes.read(scenes.train[0])
+    found = [f for f in nyudepthv2(str(tmp_path / "mm")) if f.level == "error"]
+    assert "set depth_encoding = 'millimetres'" in found[0].found
+    assert all(f.level != "error" for f in nyudepthv2(str(tmp_path / "mm"), depth_encoding="millimetres"))
+
+
+def test_gray_depth_may_be_stored_as_colour_or_a_palette(copy):
+    """The release writes it with matplotlib, as RGBA."""
+    scenes = NYUDepthv2(str(copy))
+    expected = scenes.read(scenes.train[0]).depth
+    gray = Image.open(copy / "Depth/0000.png")
+    for mode in ("RGBA", "RGB", "P"):
+        gray.convert(mode).save(copy / "Depth/0000.png")
+        assert np.array_equal(scenes.read(scenes.train[0]).depth, expected)
+
+
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
@@ -202,6 +226,9 @@ def test_checks_say_what_differs_from_the_published_set(sample, copy):
     assert (findings["train images"].found, findings["train images"].expected) == ("10", "795")
     assert findings["readable records"].found == "13"
     assert all(f.level != "error" for f in findings.values())
+    (copy / "train.txt").write_text((copy / "train.txt").read_text() + "RGB/0003.jpg\nRGB/0003.jpg\n")
+    twice = next(f for f in check(NYUDepthv2, str(copy), decode=False) if f.what == "images twice in train.txt")
+    assert (twice.level, twice.found) == ("error", "RGB/0003.jpg")
     (copy / "test.txt").write_text("RGB/0000.jpg\n")
     assert any(f.what == "images in both lists" for f in check(NYUDepthv2, str(copy), decode=False))
 
