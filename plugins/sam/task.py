@@ -360,7 +360,8 @@ class Segmentation(Task):
                     Image.composite(Image.new("RGB", base.size, (255, 60, 0)), base, mask.point(lambda v: int(v * 0.7))),
                     (left, top + head),
                 )
-                label = words[token] if token < len(words) else ("padding" if words else f"token {token}")
+                padding = not batch["text"][0, token].any()
+                label = "padding" if padding else (words[token] if token < len(words) else "") or f"token {token}"
                 draw.text((left, top), f"{label}  {heat.min():.2f}-{heat.max():.2f}", fill="black")
         return sheet
 

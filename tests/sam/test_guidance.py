@@ -78,18 +78,27 @@ def test_the_sample_s_own_tags_are_accepted_and_cached_in_the_release_s_form(sce
     other = ImageTags(encoder=functools.partial(HashedText, dim=16, seed=1))  # another encoder, another key
     other.open(scenes)
     assert not torch.equal(other.tokens(scenes.train[0]), first.tokens(scenes.train[0]))
-    files[0].write_bytes(b"damaged")
-    third = ImageTags(encoder=ENCODER)
-    third.open(scenes)
-    assert torch.equal(first.tokens(scenes.train[0]), third.tokens(scenes.train[0]))
+    for damage in (b"damaged", {k: v for k, v in held.items() if k != "pad_len"}, [1], {"pad_len": 6, "feats": [1]}):
+        files[0].write_bytes(damage) if isinstance(damage, bytes) else torch.save(damage, files[0])
+        third = ImageTags(encoder=ENCODER)
+        third.open(scenes)
+        assert torch.equal(first.tokens(scenes.train[0]), third.tokens(scenes.train[0]))
 
 
 def test_ground_truth_is_refused_by_name_and_by_looking(scenes, tmp_path):
     with pytest.raises(ValueError, match=r"its name says so.*GroundTruthTags"):
         Tags(str(scenes.root / ORACLE)).open(scenes)
     (tmp_path / "innocent.json").write_text((scenes.root / ORACLE).read_text())
-    with pytest.raises(ValueError, match="on 10 of 10 images the tags are exactly the largest classes"):
+    with pytest.raises(ValueError, match="on 10 of 10 train images the tags are exactly the largest classes"):
         Tags(str(tmp_path / "innocent.json")).open(scenes)
+    # Of the test images alone is as bad: there it decides the figure.
+    swapped = NYUDepthv2(str(scenes.root))
+    swapped.train, swapped.test = scenes.test, scenes.train
+    oracle = json.loads((scenes.root / ORACLE).read_text())
+    for name in {r.image for r in swapped.train}:
+        oracle[name] = ["bed", "lamp"]
+    with pytest.raises(ValueError, match="on 10 of 10 test images the tags are exactly the largest classes"):
+        Tags(write(tmp_path / "test_only.json", oracle)).open(swapped)
     asked = GroundTruthTags(max_tags=5, encoder=ENCODER)
     assert asked.open(scenes) == {"images_with_tags_from_labels": 13}
     expected = [normalise(x) for x in json.loads((scenes.root / ORACLE).read_text())["RGB/0000.jpg"]]
@@ -151,6 +160,11 @@ def test_class_names_captions_both_and_the_control(scenes, tmp_path):
     both.open(scenes)
     assert both.count == 50  # as in the release: 40 names and 10 sentences
     assert both.tokens(scenes.train[0]).shape == (50, 16)
+    few = write(tmp_path / "few.json", {r.image: ["bed"] for r in scenes.train})
+    mixed = BothTexts(functools.partial(Tags, few, max_tags=3), functools.partial(ClassNames, encoder=ENCODER))
+    mixed.open(scenes)
+    assert mixed.words(scenes.train[0])[:5] == ["bed", "", "", "wall", "floor"]  # a word for every token, and none for padding
+    assert len(mixed.words(scenes.train[0])) == mixed.count == len(mixed.tokens(scenes.train[0]))
     with pytest.raises(ValueError, match="one width, got 16 and 8"):
         BothTexts(functools.partial(ClassNames, encoder=ENCODER), functools.partial(ConstantTokens, dim=8))
 
