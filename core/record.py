@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
 import platform
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -35,6 +37,7 @@ from filelock import FileLock, Timeout
 STATES = ("running", "finished", "failed", "stopped")
 HEARTBEAT_S = 2.0
 LOST_AFTER_S = 15.0
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint written; the same command goes on
 
 _ENVIRONMENT = (
@@ -42,6 +45,33 @@ _ENVIRONMENT = (
     "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_NNODES", "SLURM_NTASKS", "SLURM_JOB_PARTITION",
     "SLURM_RESTART_COUNT", "PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG",
 )  # fmt: skip
+
+
+class Signals:
+    """While active, SIGTERM, SIGUSR1 and SIGUSR2 only set a flag; the loop looks at it at step boundaries.
+
+    One inside another begins with what that one has received.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                self._before[number] = signal.signal(number, self._note)
+                outer = getattr(self._before[number], "__self__", None)
+                if isinstance(outer, Signals):
+                    self.received = self.received or outer.received
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self.received = self.received or signum
 
 
 class RunBusy(RuntimeError):
@@ -67,14 +97,28 @@ def dumps(value: Any, indent: int | None = None) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old or the new file, never half of one."""
+    write_text(path, dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new one, never half of one.
+
+    Raises:
+        OSError: if it cannot be written; the message names the file and what to do.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
     try:
-        temporary.write_text(dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
+        advice = (
+            "free space and give the same command again"
+            if error.errno == errno.ENOSPC
+            else "check the folder, then the same command again"
+        )
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}; {advice}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -285,9 +329,7 @@ class RunFolder:
         if not self.writes:
             return
         if isinstance(value, str):
-            temporary = self.path / f".{name}.tmp"
-            temporary.write_text(value, encoding="utf-8")
-            os.replace(temporary, self.path / name)
+            write_text(self.path / name, value)
         else:
             write_json(self.path / name, value)
 
@@ -299,7 +341,7 @@ class RunFolder:
         path.touch()
         held = path.stat().st_size
         if held < offset:
-            raise RuntimeError(
+            raise ValueError(
                 f"{path} has {held} bytes, the checkpoint was written at {offset}: the file was changed; restore it or start over with --fresh"
             )
         os.truncate(path, offset)

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -21,11 +20,9 @@ from torch import Tensor, nn
 from core import checkpoint, distributed, optim, schedules
 from core.console import Progress
 from core.data import to_device
-from core.record import RunFolder
+from core.record import RunFolder, Signals
 from core.registry import register
 from core.task import StepResult, Task
-
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(Exception):
@@ -40,27 +37,6 @@ class Stopped(Exception):
 
 class NonFinite(FloatingPointError):
     """A loss term or a gradient is NaN or infinite. Raised before the update, so the weights are those of the last good step."""
-
-
-class _Signals:
-    """While active, SIGTERM, SIGUSR1 and SIGUSR2 only set a flag; the loop looks at it at step boundaries."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, signum: int, frame: Any) -> None:
-        self.received = self.received or signum
 
 
 class _Guard:
@@ -150,7 +126,10 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"train.device must be 'auto', 'cpu' or 'cuda', with :N for one of several, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"train.device is {name!r}, but torch sees no CUDA device; use 'cpu' or 'auto'")
     if device.type == "cuda" and device.index is None:
@@ -158,6 +137,11 @@ def pick_device(name: str) -> torch.device:
 
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return device
+
+
+def _check_precision(precision: str, place: torch.device) -> None:
+    if precision == "fp16" and place.type != "cuda":
+        raise ValueError("train.precision = 'fp16' needs a CUDA device (its loss scaling works there only); use 'bf16' or 'fp32'")
 
 
 def seed_everything(seed: int) -> None:
@@ -248,144 +232,172 @@ def train(
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"train.clip_norm must be positive or None, got {clip_norm}")
     if threads is not None:
+        if threads < 1:
+            raise ValueError(f"train.threads must be at least 1, or None for torch's own choice, got {threads}")
         torch.set_num_threads(threads)
+    if accumulate > 1 and epochs is not None:
+        raise ValueError(
+            f"train.epochs = {epochs} with accumulate = {accumulate}: an epoch is counted in batches and a step takes {accumulate}; give train.steps"
+        )
     place = pick_device(device)
-    if precision == "fp16" and place.type != "cuda":
-        raise ValueError("train.precision = 'fp16' needs a CUDA device (its loss scaling works there only); use 'bf16' or 'fp32'")
+    _check_precision(precision, place)
     distributed.start(place)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if place.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
 
-    # Build: seed first, so that one config and one seed give one model.
-    seed_everything(seed)
-    work = task()
-    if distributed.rank() == 0:
-        card = work.prepare(run.path.parent)
-    distributed.barrier()
-    if distributed.rank() != 0:  # what rank 0 made is there now
-        card = work.prepare(run.path.parent)
-    seed_everything(seed)
-    plain = work.model().to(place)
-    length = _length(work, steps, epochs)
-    groups = optim.parameter_groups(plain, work.parameter_rules())
-    opt = optimizer(groups)
-    rates = [float(g["lr"]) for g in opt.param_groups]
-    plan = schedule()
-    scaler = torch.amp.GradScaler(place.type, enabled=precision == "fp16")
-    if distributed.world() > 1:
-        seed_everything(seed + distributed.rank())  # dropout differs between ranks; weights, built above, do not
-    on_built(work, plain)
-    run.write("data.json", dataclasses.asdict(card))
-
-    # Resume, or start.
-    store = checkpoint.Store(run.path / "checkpoints", keep)
-    identity = {"parameters": [[n, list(p.shape)] for n, p in plain.named_parameters()], "seed": seed, "length": length}
-    done = 0
-    first: dict[str, float] = {}
-    last: dict[str, float] = {}
-    best: dict[str, Any] = {"step": -1, "metrics": {}}
-    found = store.newest()
-    if found is not None:
-        done, state, complaints = found
-        for complaint in complaints:
-            run.log(f"WARNING: {complaint}; going on from step {done}")
-        run.say(message="; ".join(complaints))
-        _check_identity(state["identity"], identity, store.path(done))
-        plain.load_state_dict(state["model"])
-        opt.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        work.load_state(state["task"])
-        first, best, last = state["first"], state["best"], state["last"]
-        _restore_random(state["random"], seed, done, run)
-        if state["threads"] != torch.get_num_threads():
-            run.log(
-                f"WARNING: the checkpoint was made with {state['threads']} CPU threads, now {torch.get_num_threads()}: the last bits may differ"
-            )
-        run.open_metrics(state["metrics_bytes"])
-        run.log(f"resumed after step {done} of {length} from {store.path(done).name}")
-    else:
-        run.open_metrics(0)
-        if initial is not None:
-            run.log(f"initial weights: {checkpoint.load_model(plain, initial_weights(initial), what=initial)}")
-
-    net = distributed.wrap(torch.compile(plain) if compile else plain, place)  # type: ignore[arg-type]
-    clips = {name: [p for p in params if p.requires_grad] for name, params in work.clip_groups(plain).items()}
-    epoch_steps = work.steps_per_epoch()
-    guard, log, progress = _Guard(opt, place), _Log(run, log_every), Progress(run, length, done)
-    cast: Callable[[], contextlib.AbstractContextManager[Any]] = (
-        contextlib.nullcontext
-        if precision == "fp32"
-        else lambda: torch.autocast(place.type, torch.bfloat16 if precision == "bf16" else torch.float16)
-    )
-
-    def evaluate(step: int) -> dict[str, float]:
-        progress.note("evaluating")
-        started = time.perf_counter()
-        with checkpoint.preserved_random_state(), torch.inference_mode(), cast():
-            plain.eval()
-            metrics = {k: float(v) for k, v in work.evaluate(plain).items()}
-            if step == length:
-                metrics.update((k, float(v)) for k, v in work.conclude(plain).items())
-            plain.train()
-        run.metrics([{"step": step, "eval": metrics}])
-        run.board(step, {f"eval/{k}": v for k, v in metrics.items() if math.isfinite(v)})
-        run.timing({"step": step, "evaluation_s": time.perf_counter() - started})
-        progress.evaluated(step, metrics, select)
-        return metrics
-
-    def save(step: int) -> None:
-        randoms = _all_random_states()
+    with Signals() as signals:  # from here on: preparing real data takes longer than some clusters wait
+        # Build: seed first, so that one config and one seed give one model.
+        seed_everything(seed)
+        work = task()
         if distributed.rank() == 0:
-            state = {
-                "identity": identity, "model": plain.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict(),
-                "task": work.state(), "random": randoms, "threads": torch.get_num_threads(), "first": first, "best": best,
-                "last": last, "metrics_bytes": run.flush(),
-            }  # fmt: skip
-            store.save(step, state, best=best["step"] if best["step"] >= 0 else None)
+            card = work.prepare(run.path.parent)
         distributed.barrier()
+        if distributed.rank() != 0:  # what rank 0 made is there now
+            card = work.prepare(run.path.parent)
+        seed_everything(seed)
+        plain = work.model().to(place)
+        length = _length(work, steps, epochs)
+        groups = optim.parameter_groups(plain, work.parameter_rules())
+        opt = optimizer(groups)
+        rates = [float(g["lr"]) for g in opt.param_groups]
+        plan = schedule()
+        scaler = torch.amp.GradScaler(place.type, enabled=precision == "fp16")
+        if distributed.world() > 1:
+            seed_everything(seed + distributed.rank())  # dropout differs between ranks; weights, built above, do not
+        on_built(work, plain)
 
-    with _Signals() as signals, progress:
-        plain.train()
-        if length == 0 and found is None:
-            last = first = evaluate(0)
-        elif eval_first and found is None:
-            first = evaluate(0)
-        batches = work.batches(done * accumulate, seed) if done < length else iter(())
-        while done < length:
-            # A signal is honoured here, between steps, where everything is consistent.
+        # Resume, or start.
+        store = checkpoint.Store(run.path / "checkpoints", keep)
+        shapes = [[n, list(p.shape)] for n, p in plain.named_parameters()]
+        identity = {"parameters": shapes, "seed": seed, "length": length, "data": card.fingerprint}
+        done = 0
+        unevaluated = False  # whether the checkpoint stands before an evaluation that is due
+        first: dict[str, float] = {}
+        last: dict[str, float] = {}
+        best: dict[str, Any] = {"step": -1, "metrics": {}}
+        found = store.newest()
+        if found is not None:
+            done, state, complaints = found
+            for complaint in complaints:
+                run.log(f"WARNING: {complaint}; going on from step {done}")
+            run.say(message="; ".join(complaints))
+            _check_identity(state["identity"], identity, store.path(done))
+            plain.load_state_dict(state["model"])
+            opt.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            work.load_state(state["task"])
+            first, best, last, unevaluated = state["first"], state["best"], state["last"], state["unevaluated"]
+            _restore_random(state["random"], seed, done, run)
+            if state["threads"] != torch.get_num_threads():
+                run.log(
+                    f"WARNING: the checkpoint was made with {state['threads']} CPU threads, now {torch.get_num_threads()}: the last bits may differ"
+                )
+            run.open_metrics(state["metrics_bytes"])
+            run.log(f"resumed after step {done} of {length} from {store.path(done).name}")
+        else:
+            run.open_metrics(0)
+            if initial is not None:
+                run.log(f"initial weights: {checkpoint.load_model(plain, initial_weights(initial), what=initial)}")
+        run.write("data.json", dataclasses.asdict(card))
+
+        net = distributed.wrap(torch.compile(plain) if compile else plain, place)  # type: ignore[arg-type]
+        clips = {name: [p for p in params if p.requires_grad] for name, params in work.clip_groups(plain).items()}
+        epoch_batches = work.steps_per_epoch()
+        epoch_steps = None if epoch_batches is None else -(-epoch_batches // accumulate)
+        guard, log, progress = _Guard(opt, place), _Log(run, log_every), Progress(run, length, done)
+        cast: Callable[[], contextlib.AbstractContextManager[Any]] = (
+            contextlib.nullcontext
+            if precision == "fp32"
+            else lambda: torch.autocast(place.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+        )
+
+        def evaluate(step: int) -> dict[str, float]:
+            progress.note("evaluating")
+            started = time.perf_counter()
+            with checkpoint.preserved_random_state(), torch.inference_mode(), cast():
+                plain.eval()
+                metrics = {k: float(v) for k, v in work.evaluate(plain).items()}
+                if step == length:
+                    metrics.update((k, float(v)) for k, v in work.conclude(plain).items())
+                plain.train()
+            run.metrics([{"step": step, "eval": metrics}])
+            run.board(step, {f"eval/{k}": v for k, v in metrics.items() if math.isfinite(v)})
+            run.timing({"step": step, "evaluation_s": time.perf_counter() - started})
+            progress.evaluated(step, metrics, select)
+            return metrics
+
+        def judge(step: int) -> None:
+            """Evaluate a trained step and keep the best; where that fails, what was trained is not lost."""
+            nonlocal last, best
+            try:
+                last = evaluate(step)
+                if _better(last, best, select, select_mode, step == length):
+                    best = {"step": step, "metrics": last}
+            except Exception:
+                if distributed.world() == 1:  # of several ranks one alone may have failed, and the others would wait for it
+                    save(step, unevaluated=True)
+                    run.log(
+                        f"the evaluation after step {step} failed; the checkpoint is written, and the same command begins with it"
+                    )
+                raise
+
+        def stop_if_asked(*, unevaluated: bool = False) -> None:
             if distributed.any_rank(signals.received is not None):
                 log.flush()
-                save(done)
+                save(done, unevaluated=unevaluated)
                 raise Stopped(signals.received or signal.SIGTERM, done)
-            step = done + 1
-            now = [plan(done, length, base, epoch_steps) for base in rates]
-            for group, rate in zip(opt.param_groups, now):
-                group["lr"] = rate
-            result = _forward_backward(work, net, batches, step, accumulate, scaler, cast, place)
-            scaler.unscale_(opt) if scaler.is_enabled() else None
-            norm = _clip(clips, clip_norm)
-            if not scaler.is_enabled():
-                guard.check(step, result.losses, norm, plain)
-            scaler.step(opt) if scaler.is_enabled() else opt.step()
-            scaler.update() if scaler.is_enabled() else None
-            opt.zero_grad(set_to_none=True)
-            log.add(step, result, norm, now)
-            done = step
-            if done % log_every == 0 or done == length:
-                guard.read(plain)
-                progress.advance(done, log.flush())
-            due = done == length or (eval_every and done % eval_every == 0)
-            if due:
-                log.flush()
-                last = evaluate(done)
-                if _better(last, best, select, select_mode, done == length):
-                    best = {"step": done, "metrics": last}
-            if due or (save_every and done % save_every == 0):
-                guard.read(plain)
-                log.flush()
+
+        def save(step: int, *, unevaluated: bool = False) -> None:
+            randoms = _all_random_states()
+            if distributed.rank() == 0:
+                state = {
+                    "identity": identity, "model": plain.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict(),
+                    "task": work.state(), "random": randoms, "threads": torch.get_num_threads(), "first": first, "best": best,
+                    "last": last, "metrics_bytes": run.flush(), "unevaluated": unevaluated,
+                }  # fmt: skip
+                store.save(step, state, best=best["step"] if best["step"] >= 0 else None)
+            distributed.barrier()
+
+        with progress:
+            plain.train()
+            if done == 0 and (found is None or unevaluated) and (eval_first or length == 0):
+                stop_if_asked(unevaluated=True)
+                first = evaluate(0)
+                last = first if length == 0 else last
+                _check_selected(select, first)
+            elif unevaluated:
+                judge(done)
                 save(done)
-    return Outcome(done, last, best["metrics"], int(best["step"]), first)
+            batches = work.batches(done * accumulate, seed) if done < length else iter(())
+            while done < length:
+                stop_if_asked()  # here, between steps, everything is consistent
+                step = done + 1
+                now = [plan(done, length, base, epoch_steps) for base in rates]
+                for group, rate in zip(opt.param_groups, now):
+                    group["lr"] = rate
+                result = _forward_backward(work, net, batches, step, accumulate, scaler, cast, place)
+                scaler.unscale_(opt) if scaler.is_enabled() else None
+                norm = _clip(clips, clip_norm)
+                # The scaler skips gradients that overflow in half precision; a loss that is not finite is nobody's to skip.
+                guard.check(step, result.losses, torch.zeros_like(norm) if scaler.is_enabled() else norm, plain)
+                scaler.step(opt) if scaler.is_enabled() else opt.step()
+                scaler.update() if scaler.is_enabled() else None
+                opt.zero_grad(set_to_none=True)
+                log.add(step, result, norm, now)
+                done = step
+                if done % log_every == 0 or done == length:
+                    guard.read(plain)
+                    progress.advance(done, log.flush())
+                due = done == length or (eval_every and done % eval_every == 0)
+                if due:
+                    log.flush()
+                    judge(done)
+                if due or (save_every and done % save_every == 0):
+                    guard.read(plain)
+                    log.flush()
+                    save(done)
+        return Outcome(done, last, best["metrics"], int(best["step"]), first)
 
 
 def _forward_backward(
@@ -459,11 +471,15 @@ def _length(work: Task, steps: int | None, epochs: int | None) -> int:
     return length
 
 
+def _check_selected(select: str | None, now: Mapping[str, float]) -> None:
+    if select is not None and select not in now:
+        raise ValueError(f"train.select is {select!r}, which the evaluation does not give; it gives {', '.join(now)}")
+
+
 def _better(now: Mapping[str, float], best: Mapping[str, Any], select: str | None, mode: str, final: bool) -> bool:
     if select is None:
         return final
-    if select not in now:
-        raise ValueError(f"train.select is {select!r}, which the evaluation does not give; it gives {', '.join(now)}")
+    _check_selected(select, now)
     if not math.isfinite(now[select]):
         return False
     if best["step"] < 0:
@@ -479,6 +495,11 @@ def _check_identity(then: Mapping[str, Any], now: Mapping[str, Any], path: Any) 
         raise checkpoint.CheckpointError(
             f"{path} is of another model: {len(changed)} parameters differ, e.g. {changed[0]} "
             f"(checkpoint {a.get(changed[0], 'absent')}, model {b.get(changed[0], 'absent')}). Use another --out, or --fresh."
+        )
+    if then["data"] != now["data"]:
+        raise checkpoint.CheckpointError(
+            f"{path} was trained on data with fingerprint {then['data']}, now it is {now['data']}: files were added, removed or changed. "
+            "Restore them, or use another --out, or --fresh."
         )
     for name in ("seed", "length"):
         if then[name] != now[name]:

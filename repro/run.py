@@ -48,16 +48,26 @@ def main(args: argparse.Namespace) -> int:
             print(f"{path} is finished already (--fresh starts over)\n")
             show.result(path)
         return 0
+    if args.fresh:
+        _refuse_foreign(path)
     with record.RunFolder(path, writes=rank == 0, chatty=not args.quiet) as run:
         if args.fresh and rank == 0:
             _clear(path)
         elif rank == 0 and (path / "config.gin").is_file() and not _same(path, config):
             raise ValueError(f"{path} holds a run of another config; give another --out, or --fresh to throw it away")
-        return _train(run, config, args, started)
+        with record.Signals():  # one that comes before training is kept for its first step
+            return _train(run, config, args, started)
 
 
 def _same(path: Path, config: configs.Config) -> bool:
     return record.read_json(path / "run.json").get("signature") == config.signature
+
+
+def _refuse_foreign(path: Path) -> None:
+    """ValueError if a folder holds anything and no run: it is nobody's to throw away."""
+    held = sorted(e.name for e in path.iterdir()) if path.is_dir() else []
+    if held and not {"config.gin", "run.json", "status.json"} & set(held):
+        raise ValueError(f"{path} is not a run folder, it holds {', '.join(held[:3])}; --fresh clears no other, give another --out")
 
 
 def _clear(path: Path) -> None:
@@ -91,8 +101,8 @@ def _train(run: record.RunFolder, config: configs.Config, args: argparse.Namespa
     try:
         outcome = configs.configured(configs.TRAIN)(run, on_built)
     except trainer.Stopped as stop:
-        run.say(state="stopped", step=stop.step, message=str(stop))
-        run.log(str(stop))
+        run.say(state="stopped", step=stop.step, message=configs.said(stop))
+        run.log(configs.said(stop))
         return record.EXIT_STOPPED
     except Exception as error:
         run.say(state="failed", message=f"{type(error).__name__}: {configs.said(error)}")

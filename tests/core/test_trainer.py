@@ -1,5 +1,6 @@
 """The loop: resumes to the bit, stops before a bad update, honours signals at step boundaries."""
 
+import dataclasses
 import json
 import os
 import random
@@ -97,6 +98,77 @@ def test_a_signal_stops_at_the_step_boundary_with_a_checkpoint(tmp_path, number,
     train(tmp_path / "stopped", eval_first=True)
     train(tmp_path / "straight", eval_first=True)
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_a_signal_while_the_data_are_prepared_is_kept_for_the_first_step(tmp_path):
+    class Slow(Toy):
+        def prepare(self, workspace):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return super().prepare(workspace)
+
+    with pytest.raises(trainer.Stopped) as caught:
+        train(tmp_path / "stopped", Slow, eval_first=True)
+    assert (caught.value.step, caught.value.signum) == (0, signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    train(tmp_path / "stopped", eval_first=True)
+    train(tmp_path / "straight", eval_first=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_a_signal_before_training_is_not_forgotten(tmp_path):
+    with record.Signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(trainer.Stopped) as caught:
+            train(tmp_path / "stopped")
+    assert caught.value.step == 0
+
+
+@pytest.mark.parametrize("failing", [10, 30])
+def test_an_evaluation_that_fails_loses_nothing_of_the_training(tmp_path, failing):
+    steps = []
+
+    class Unreadable(Toy):
+        def losses(self, model, batch, step):
+            steps.append(step)
+            return super().losses(model, batch, step)
+
+        def evaluate(self, model):
+            if steps and steps[-1] == failing:
+                raise ValueError("test/7.jpg is unreadable as an image")
+            return super().evaluate(model)
+
+    with pytest.raises(ValueError, match="unreadable"):
+        train(tmp_path / "failed", Unreadable, eval_first=True, eval_every=10)
+    assert weights(tmp_path / "failed")[0] == failing
+    steps.clear()
+
+    class Mended(Toy):
+        def losses(self, model, batch, step):
+            steps.append(step)
+            return super().losses(model, batch, step)
+
+    mended = train(tmp_path / "failed", Mended, eval_first=True, eval_every=10)
+    assert steps == list(range(failing + 1, 31))
+    assert mended == train(tmp_path / "straight", eval_first=True, eval_every=10)
+    assert_same_run(tmp_path / "straight", tmp_path / "failed")
+
+
+def test_a_metric_to_select_by_that_nothing_gives_is_said_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match=r"train\.select is 'mAP', which the evaluation does not give; it gives accuracy"):
+        train(tmp_path / "a", eval_first=True, select="mAP")
+    assert not checkpoint.Store(tmp_path / "a" / "checkpoints").steps()
+
+
+def test_other_data_than_the_checkpoint_was_trained_on_are_refused(tmp_path):
+    class Other(Toy):
+        def prepare(self, workspace):
+            return dataclasses.replace(super().prepare(workspace), fingerprint="another")
+
+    train(tmp_path / "a")
+    before = (tmp_path / "a" / "data.json").read_bytes()
+    with pytest.raises(checkpoint.CheckpointError, match=r"trained on data with fingerprint .*, now it is another"):
+        train(tmp_path / "a", Other)
+    assert (tmp_path / "a" / "data.json").read_bytes() == before
 
 
 class BadLoss(Toy):
@@ -213,6 +285,9 @@ def test_best_and_last_are_both_kept(tmp_path):
         ({"steps": None}, "exactly one of train.steps and train.epochs"),
         ({"epochs": 3}, "exactly one of"),
         ({"accumulate": 0}, "train.accumulate must be at least 1"),
+        ({"accumulate": 2, "steps": None, "epochs": 3}, "an epoch is counted in batches and a step takes 2; give train.steps"),
+        ({"threads": 0}, "train.threads must be at least 1"),
+        ({"device": "gpu"}, "train.device must be 'auto', 'cpu' or 'cuda', with :N for one of several, got 'gpu'"),
         ({"clip_norm": -1.0}, "clip_norm must be positive"),
         ({"precision": "fp16"}, "needs a CUDA device"),
         ({"device": "cuda"}, "torch sees no CUDA device"),
@@ -224,6 +299,14 @@ def test_settings_that_cannot_work_say_so(tmp_path, options, said):
         pytest.skip("there is a CUDA device here")
     with pytest.raises(ValueError, match=said):
         train(tmp_path / "a", **options)
+
+
+def test_half_precision_stops_at_a_bad_loss_though_its_scaler_skips_the_update(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "_check_precision", lambda precision, place: None)  # the scaler works on the CPU too, only slower
+    with pytest.raises(trainer.NonFinite, match="step 5: loss term size"):
+        train(tmp_path / "a", BadLoss, precision="fp16", optimizer=lambda g: optim.AdamW(g))
+    overflowing = train(tmp_path / "b", BadGradient, precision="fp16", optimizer=lambda g: optim.AdamW(g))
+    assert overflowing.step == 30  # that step is skipped, and the scale is halved
 
 
 def test_epochs_count_the_tasks_steps(tmp_path):

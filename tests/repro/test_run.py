@@ -93,6 +93,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_status_says_so(main_job, tmp_path)
     assert stopped.status == record.EXIT_STOPPED == 75
     assert record.status(tmp_path / "a").state == "stopped"
     assert "the same command goes on" in stopped.out
+    assert record.status(tmp_path / "a").message.endswith("the same command goes on")
     assert main_job("a").status == 0
     main_job("straight")
     assert_same(tmp_path / "straight", tmp_path / "a")
@@ -120,6 +121,15 @@ def test_a_binding_without_effect_stops_before_the_first_step(main_job, tmp_path
     assert done.status != 0
     assert "optim.SGD.lr = 0.1 took no effect: nothing in this config builds that component" in done.err
     assert not (tmp_path / "a" / "metrics.jsonl").exists() or not (tmp_path / "a" / "metrics.jsonl").read_text()
+
+
+def test_fresh_throws_away_runs_and_nothing_else(main_job, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.txt").write_text("years")
+    done = main_job("a", "--fresh")
+    assert done.status == 2
+    assert "is not a run folder, it holds thesis.txt; --fresh clears no other" in done.err
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["thesis.txt"]
 
 
 def test_another_config_in_the_same_folder_is_refused(main_job):
