@@ -176,6 +176,15 @@ class EmbeddingTable(TextEncoder):
         return torch.stack([self.table[key] for key in keys]) if keys else torch.zeros(0, self.dim)
 
 
+def _digest(*files: Path) -> str:
+    """A short hash of what files hold."""
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            whole.update(hashlib.file_digest(handle, "sha256").digest())
+    return whole.hexdigest()[:16]
+
+
 def _tokenizer(path: Path) -> Any:
     if importlib.util.find_spec("tokenizers") is None:
         raise ValueError("this encoder needs the `tokenizers` library: pip install 'ginrepro[text]'")
@@ -207,7 +216,7 @@ class WordLlamaText(TextEncoder):
         self.tokenizer = _tokenizer(vocabulary)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.fingerprint = f"wordllama-{weights.stem}-{weights.stat().st_size}"
+        self.fingerprint = f"wordllama-{_digest(weights, vocabulary)}"
 
     @staticmethod
     def _files(folder: str | None) -> tuple[Path, Path]:
@@ -356,7 +365,7 @@ class CLIPText(TextEncoder):
         self.start, self.end = (self.tokenizer.token_to_id(t) for t in ("<|startoftext|>", "<|endoftext|>"))
         if self.start is None or self.end is None or self.end >= size:
             raise ValueError(f"{vocabulary} is no vocabulary of these weights: end token {self.end}, {size} embeddings")
-        self.fingerprint = f"clip-{hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:16]}"
+        self.fingerprint = f"clip-{_digest(Path(weights), Path(vocabulary))}"
 
     def _states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Projected states (n, t, c) and the position of each end token."""

@@ -131,6 +131,28 @@ def test_wordllama_gives_a_vector_for_each_token_of_a_prompt():
     assert float(vectors[~real].abs().sum()) == 0
 
 
+def little_wordllama(folder, seed=0, letters="ab"):
+    """Both files of an encoder of two tokens, of one size whatever the contents."""
+    from tokenizers import Tokenizer, models
+
+    folder.mkdir()
+    torch.manual_seed(seed)
+    save_file({"embedding.weight": torch.randn(3, 256)}, folder / "l2_supercat_256.safetensors")
+    vocabulary = {**{letter: i for i, letter in enumerate(letters)}, "?": 2}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="?")).save(str(folder / "l2_supercat_tokenizer_config.json"))
+    return WordLlamaText(str(folder))
+
+
+@wheel
+def test_wordllama_s_fingerprint_is_of_what_its_files_hold(tmp_path):
+    """Vectors kept under it would else be those of other weights, or of another vocabulary, of the same size."""
+    first, same = little_wordllama(tmp_path / "first"), little_wordllama(tmp_path / "same")
+    weights, vocabulary = little_wordllama(tmp_path / "weights", seed=1), little_wordllama(tmp_path / "vocabulary", letters="ba")
+    assert first.fingerprint == same.fingerprint
+    assert len({e.fingerprint for e in (first, weights, vocabulary)}) == 3
+    assert not torch.equal(first.embed(["a"]), vocabulary.embed(["a"]))
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"l2_supercat_256\.safetensors .*not found"):
         WordLlamaText(str(tmp_path))
@@ -225,6 +247,15 @@ def test_clip_text_by_hand(clip):
     vectors, real = encoder.tokens(list(texts))
     assert real.sum(1).tolist() == [3, 5]
     assert_close(vectors[1, 4], expected[1], atol=1e-5, rtol=1e-4)
+
+
+def test_clip_s_fingerprint_is_of_weights_and_vocabulary(clip, tmp_path):
+    folder, state = clip
+    merges = (folder / "merges.txt").read_text().replace("b e\n", "a e\n").replace("be d</w>", "ae d</w>")
+    (tmp_path / "merges.txt").write_text(merges)
+    torch.save({**state, "text_projection": state["text_projection"] + 1}, tmp_path / "clip.pt")
+    pairs = [(w / "clip.pt", m / "merges.txt") for w in (folder, tmp_path) for m in (folder, tmp_path)]
+    assert len({CLIPText(str(w), str(m)).fingerprint for w, m in pairs}) == 4
 
 
 def test_clip_text_says_what_is_missing(clip, tmp_path):
