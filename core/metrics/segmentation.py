@@ -72,23 +72,41 @@ class Confusion:
             raise ValueError(f"classes must be at least 1, got {classes}")
         self.classes, self.ignore = classes, ignore
         self.counts: Tensor = torch.zeros(classes, classes, dtype=torch.int64)
+        self.strays: Tensor = torch.zeros((), dtype=torch.int64)  # counted pixels whose prediction or label is no class
 
     def add(self, predicted: Int[Tensor, "..."], labels: Int[Tensor, "..."]) -> None:
         """Count one or more images; both maps have one shape.
 
         Raises:
-            ValueError: if the shapes differ.
+            ValueError: if the shapes differ, or a counted prediction or label is no class. An accelerator's counts are not
+                read here, and refused by `result`.
         """
         if predicted.shape != labels.shape:
             raise ValueError(f"predictions are {tuple(predicted.shape)}, labels {tuple(labels.shape)}; resize one to the other")
         predicted, labels = predicted.reshape(-1).long(), labels.reshape(-1).long()
-        # One more cell for what is ignored. Labels out of range are the data set's to refuse.
-        cell = torch.where(labels == self.ignore, self.classes**2, labels * self.classes + predicted)
-        found = torch.bincount(cell, minlength=self.classes**2 + 1)[: self.classes**2]
-        self.counts = self.counts.to(found.device) + found.view(self.classes, self.classes)
+        cells = self.classes**2  # and two more: for what is ignored, and for what is no class
+        stray = (labels < 0) | (labels >= self.classes) | (predicted < 0) | (predicted >= self.classes)
+        cell = torch.where(stray, cells + 1, labels * self.classes + predicted)
+        found = torch.bincount(cell.masked_fill(labels == self.ignore, cells), minlength=cells + 2)
+        self.counts = self.counts.to(found.device) + found[:cells].view(self.classes, self.classes)
+        self.strays = self.strays.to(found.device) + found[cells + 1]
+        if found.device.type == "cpu":
+            self._refuse_strays()
+
+    def _refuse_strays(self) -> None:
+        if strays := int(self.strays):
+            raise ValueError(
+                f"{strays} pixel{'s' * (strays > 1)} with a prediction or label that is none of the {self.classes} classes, 0 to "
+                f"{self.classes - 1}; a label that does not count is the ignored, {self.ignore}"
+            )
 
     def result(self, absent: Absent = "ignore") -> SegmentationResult:
-        """IoU, accuracy and F1 by class, and the pixel accuracy, computed in float64 from the integer counts."""
+        """IoU, accuracy and F1 by class, and the pixel accuracy, computed in float64 from the integer counts.
+
+        Raises:
+            ValueError: if a counted prediction or label was no class.
+        """
+        self._refuse_strays()
         counts = self.counts.double().cpu()
         hit, true, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
         total = float(counts.sum())

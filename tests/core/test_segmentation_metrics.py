@@ -63,6 +63,25 @@ def test_a_perfect_and_a_constant_prediction():
     assert constant.result().iou == (pytest.approx(1 / 3), 0.0, 0.0)
 
 
+@pytest.mark.parametrize(("predicted", "label"), [(4, 0), (-1, 1), (0, 3), (2, -1), (3, 0), (0, 254)])
+def test_what_is_no_class_is_refused_and_never_counted_as_another(predicted, label):
+    """Without the check, predicted 4 of 3 classes with label 0 is cell 4: a hit of class 1."""
+    confusion = Confusion(3)
+    with pytest.raises(ValueError, match=r"1 pixel with .*0 to 2.*label .*ignored, 255"):
+        confusion.add(torch.tensor([1, predicted]), torch.tensor([1, label]))
+    confusion = Confusion(3)
+    confusion.add(torch.tensor([1, 99]), torch.tensor([1, 255]))  # what is predicted where nothing counts is nobody's business
+    assert confusion.result().metrics()["pixel accuracy"] == 1.0
+
+
+def test_the_result_refuses_what_an_accelerator_counted():
+    """There `add` reads nothing back; here its counter stands for what it would have found."""
+    confusion = Confusion(3)
+    confusion.strays += 2
+    with pytest.raises(ValueError, match="2 pixels"):
+        confusion.result()
+
+
 def test_nothing_to_count_is_not_a_number_and_shapes_must_agree():
     assert math.isnan(Confusion(2).result().mean_iou)
     with pytest.raises(ValueError, match=r"predictions are \(2, 3\), labels \(3, 2\)"):
