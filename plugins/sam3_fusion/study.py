@@ -23,10 +23,11 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core import checkpoint, distributed, trainer
+from core import checkpoint, distributed, record, trainer
 from core.data import generator, to_device
 from core.metrics import detection as metrics_of
 from core.registry import register
@@ -38,7 +39,7 @@ from plugins.sam3_fusion.losses import presence_loss
 from plugins.sam3_fusion.processor import Processor
 from plugins.sam3_fusion.reading import Reading
 from plugins.sam3_fusion.scenes import PromptedScenes, collate
-from plugins.sam3_fusion.student import StudentTrunk, explained, feature_loss, imagenet_of_half
+from plugins.sam3_fusion.student import Preprocessing, StudentTrunk, explained, feature_loss, imagenet_of_half
 from plugins.sam3_fusion.task import PromptedDetection
 
 CONDITIONS = ("matched", "mismatched")
@@ -70,6 +71,7 @@ LEGEND = (
 SIZES = (4, 8, 16, 32, 128)
 DRAWS = 20
 CLOSE = 2.0  # cgF1 points within which fixes count as equal
+FOLDED = 1e-3  # logits by which a fix in the weights may differ from the same fix on logits, in float32
 TOLERATED = 0.05  # false positives beyond the teacher's (or the unrepaired student's, if it has more) that a fix may bring
 
 
@@ -91,12 +93,19 @@ class Pupils(nn.Module):
 class Prepared(nn.Module):
     """A trunk whose input is first put into another normalisation (what a fix of the first convolution would do inside)."""
 
-    def __init__(self, trunk: nn.Module):
+    def __init__(self, trunk: nn.Module, first: Preprocessing):
         super().__init__()
-        self.trunk, self.stride, self.channels = trunk, trunk.stride, trunk.channels
+        self.trunk, self.first, self.stride, self.channels = trunk, first, trunk.stride, trunk.channels
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.trunk(imagenet_of_half()(image))
+        return self.trunk(self.first(image))
+
+
+def prepared(student: PromptedDetector, first: Preprocessing) -> PromptedDetector:
+    """A copy whose trunk sees its images in another normalisation."""
+    made = copy.deepcopy(student)
+    made.trunk = Prepared(made.trunk, first)
+    return made
 
 
 @dataclasses.dataclass
@@ -110,6 +119,8 @@ class Repaired:
         labels: labelled pairs used.
         pairs: pairs on which the teacher had to be asked (unlabelled).
         seconds: CPU seconds of the repair, everything included that needs the calibration images.
+        student: the student with the repair in its weights; None for what no weights of its shape hold (skipping presence).
+        input: what its images have to pass first.
     """
 
     said: Reading
@@ -118,6 +129,8 @@ class Repaired:
     pairs: int = 0
     seconds: float = 0.0
     presence: bool = True
+    student: PromptedDetector | None = None
+    input: Preprocessing | None = None
 
 
 @register("task", paper="EfficientSAM3, issue 17: a distilled student's presence scores collapse")
@@ -177,6 +190,9 @@ class PresenceStudy(Task):
         self.calibration, self.labels, self.offset, self.prior = calibration, labels, offset, prior
         self.presence_steps, self.presence_lr = presence_steps, presence_lr
         self.distil_steps, self.distil_lr, self.distil_memory = distil_steps, distil_lr, distil_memory
+        self.seed = 0
+        self.found: dict[str, float] = {}  # what `conclude` measured, and the fixes it measured
+        self.repaired: dict[tuple[str, str], Repaired] = {}
 
     # --- data, model, training
 
@@ -203,6 +219,19 @@ class PresenceStudy(Task):
         if self.teacher is not None:
             checkpoint.load_model(teacher, trainer.initial_weights(self.teacher), what=self.teacher)
         return Pupils(teacher, {c: self.student(channels=teacher.trunk.channels) for c in CONDITIONS})
+
+    def blueprint(self) -> PromptedDetector:
+        """A student as it is used: what the weight files of `write_repaired` load into."""
+        made = self.detection.blueprint()
+        assert isinstance(made, PromptedDetector)
+        made.trunk = self.student(channels=made.trunk.channels)
+        return made
+
+    def state(self) -> dict[str, Any]:
+        return {"seed": self.seed}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.seed = state.get("seed", 0)
 
     def losses(self, model: nn.Module, batch: Any, step: int) -> StepResult:
         assert isinstance(model, Pupils)
@@ -243,6 +272,7 @@ class PresenceStudy(Task):
             asked = time.process_time() - started
             for condition in CONDITIONS:
                 found |= {f"{condition}/{k}": v for k, v in self._condition(model, condition, was, answers, asked).items()}
+        self.found = found
         return found
 
     def _condition(self, model: Pupils, condition: str, was: Reading, answers: Reading, asked: float) -> dict[str, float]:
@@ -258,6 +288,7 @@ class PresenceStudy(Task):
         found["drift/R2"] = self._agreement(model, student)
         for name, repaired in self._fixes(model, condition, student, said, fitting, answers, own, asked):
             found |= {f"fix/{name}/{k}": v for k, v in self._figures(repaired).items()}
+            self.repaired[condition, name] = repaired
         found |= self._sizes(said, fitting, answers)
         return found
 
@@ -310,6 +341,15 @@ class PresenceStudy(Task):
         z, present = fitting.presence[chosen], fitting.present[chosen]
         share = own * len(chosen) / count  # the student is asked the labelled pairs alone
 
+        def moved(detector: PromptedDetector, of: Reading, map: Affine, **costs: Any) -> Repaired:
+            assert detector.decoder.presence is not None
+            folded = None
+            if detector.decoder.presence.clamp == "none":  # a clamp after the last layer leaves nowhere to fold to
+                folded = copy.deepcopy(detector)
+                assert folded.decoder.presence is not None
+                calibration.fold_presence(folded.decoder.presence, map)
+            return Repaired(of.moved(*map), student=folded, **costs)
+
         def affine(fit: Callable[[], Affine], **costs: Any) -> Repaired:
             started = time.process_time()
             try:
@@ -317,11 +357,11 @@ class PresenceStudy(Task):
             except ValueError:  # no affine map helps: the student stays as it is
                 fitted = Affine(1.0, 0.0)
             seconds = time.process_time() - started + costs.pop("seconds", 0.0)
-            return Repaired(said.moved(*fitted), seconds=seconds, **costs)
+            return moved(student, said, fitted, seconds=seconds, **costs)
 
         yield "none", Repaired(said)
         yield "skip", Repaired(said, presence=False)
-        yield "offset", Repaired(said.moved(1.0, self.offset))
+        yield "offset", moved(student, said, Affine(1.0, self.offset))
         labelled: dict[str, Any] = {"labels": len(chosen), "seconds": share}
         yield "offset_fitted", affine(lambda: calibration.offset(z, present), trained=1, **labelled)
         asking: dict[str, Any] = {"pairs": count, "seconds": own + asked}
@@ -336,15 +376,14 @@ class PresenceStudy(Task):
         seconds = time.process_time() - started
         changed = self.read(matched, self.test)
         width = 2 * student.trunk.channels
-        yield "features", Repaired(changed, trained=width, pairs=0, seconds=seconds)
+        yield "features", Repaired(changed, trained=width, pairs=0, seconds=seconds, student=matched)
         started = time.process_time()
         both = calibration.moment_match(self.read(matched, self.fitting).presence, answers.presence)
         seconds += time.process_time() - started + asked
-        yield "features_moment", Repaired(changed.moved(*both), trained=width + 2, pairs=count, seconds=seconds)
+        yield "features_moment", moved(matched, changed, both, trained=width + 2, pairs=count, seconds=seconds)
         if condition == "mismatched":
-            again = copy.deepcopy(student)
-            again.trunk = Prepared(again.trunk)
-            yield "input", Repaired(self.read(again, self.test))
+            first = imagenet_of_half()
+            yield "input", Repaired(self.read(prepared(student, first), self.test), student=student, input=first)
         yield "presence_few", self._presence_only(student, self._pairs(student, chosen))
         yield "presence", self._presence_only(student)
         yield "distil", self._distilled(model, student)
@@ -392,7 +431,7 @@ class PresenceStudy(Task):
             return presence_loss(out.presence, batch["valid"].any(dim=1))
 
         seconds = self._train(learned, loss, batches, self.presence_steps, self.presence_lr)
-        return Repaired(self.read(made, self.test), sum(p.numel() for p in learned), sum(seen), 0, seconds)
+        return Repaired(self.read(made, self.test), sum(p.numel() for p in learned), sum(seen), 0, seconds, student=made)
 
     def _distilled(self, model: Pupils, student: PromptedDetector) -> Repaired:
         """Everything after the trunk, against the teacher (`distillation_loss`)."""
@@ -413,7 +452,7 @@ class PresenceStudy(Task):
         training = model.teacher.training
         seconds = self._train(learned, loss, self.detection.batches(0, self.seed + 1), self.distil_steps, self.distil_lr)
         model.teacher.train(training)
-        return Repaired(self.read(made, self.test), sum(p.numel() for p in learned), 0, pairs, seconds)
+        return Repaired(self.read(made, self.test), sum(p.numel() for p in learned), 0, pairs, seconds, student=made)
 
     def _train(
         self, learned: Sequence[nn.Parameter], loss: Callable[[Any], Tensor], batches: Iterator[Any], steps: int, lr: float
@@ -502,13 +541,51 @@ class PresenceStudy(Task):
         return tables or super().tables(metrics)
 
     def pictures(self, model: nn.Module, folder: Path) -> None:
-        """`presence.png`: presence logits of test pairs, each student's against the teacher's."""
+        """`presence.png`: presence logits of test pairs, each student's against the teacher's. And the repaired students beside it."""
         assert isinstance(model, Pupils)
         training = model.training
         model.eval()
         said = {c: self.read(model.student(c), self.test) for c in CONDITIONS}
         scatter(self.read(model.teacher, self.test), said).save(folder / "presence.png")
+        self.write_repaired(model, folder.parent / "repaired")
         model.train(training)
+
+    def write_repaired(self, model: nn.Module, folder: Path) -> None:
+        """Every student that has a fix in its weights as a file, `<condition>-<fix>.safetensors`, and `index.json` about them.
+
+        Keys and shapes are those of a student without a fix (`blueprint`), so a file loads wherever the student does, and costs
+        what it costs. Each is read back and asked all test pairs before it is listed: the index holds what the file gives, next
+        to which fix the table recommends.
+
+        Raises:
+            FloatingPointError: if a file's presence logits are not those the table's row was made of.
+        """
+        if not self.repaired:  # resumed after the last step; every fix can be made again
+            self.conclude(model)
+        folder.mkdir(parents=True, exist_ok=True)
+        normal = {"mean": self.test.mean, "std": self.test.std}
+        listed = []
+        for (condition, fix), made in self.repaired.items():
+            if made.student is None:
+                continue
+            path = folder / f"{condition}-{fix}.safetensors"
+            state = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in made.student.state_dict().items()}
+            checkpoint.write_atomic(path, save_bytes(state, {"condition": condition, "fix": fix}))
+            back = copy.deepcopy(made.student).eval()
+            checkpoint.load_model(back, checkpoint.read_weights(path), what=str(path))
+            said = self.read(back if made.input is None else prepared(back, made.input), self.test)
+            apart = float(np.abs(said.presence - made.said.presence).max())
+            if not apart < FOLDED:
+                raise FloatingPointError(f"{path.name}: presence logits differ by {apart:.2g} from those of the table's row")
+            figures = self._figures(dataclasses.replace(made, said=said))
+            images = normal if made.input is None else normal | {"then": made.input._asdict()}
+            listed.append({
+                "file": path.name, "condition": condition, "fix": fix, "said": FIXES[fix], "images": images,
+                "apart": apart, "measured": {k: figures[k] for k in ("AUROC", "NLL", "ECE", "recall", "false", "cgF1")},
+            })  # fmt: skip
+        record.write_json(
+            folder / "index.json", {"recommended": {c: recommended(self.found, c)[0] for c in CONDITIONS}, "files": listed}
+        )
 
 
 def answer(model: PromptedDetector, batch: Mapping[str, Any]) -> tuple[Detected, Float[Tensor, "p n d"]]:
@@ -579,26 +656,41 @@ def fix_rows(metrics: Mapping[str, float], condition: str) -> list[list[Any]]:
     return rows if len(rows) > 1 else []
 
 
-def recommendation(metrics: Mapping[str, float], condition: str) -> str:
-    """What the table recommends, in three sentences.
+def recommended(metrics: Mapping[str, float], condition: str) -> tuple[str, str, list[str]]:
+    """Which fix the table recommends, which is best, and which bring too many false positives.
 
     Fixes that bring too many false positives are left out (`TOLERATED`). Of the others, those whose cgF1 is within `CLOSE` points of
     the best count as equal, and the cheapest of these is recommended: fewest labels, then fewest parameters trained, then fewest of
     the teacher's answers, then CPU seconds.
     """
-    names = ("cgF1", "labels", "trained", "pairs", "seconds", "recall", "false")
-    value = {f: {n: metrics[f"{condition}/fix/{f}/{n}"] for n in names} for f in FIXES if f"{condition}/fix/{f}/cgF1" in metrics}
-    plain = value["none"]
-    most = max(plain["false"], metrics.get("teacher/fix/none/false", 0.0)) + TOLERATED
+    value = _values(metrics, condition)
+    most = _most(metrics, condition)
     sound = {f: v for f, v in value.items() if v["false"] <= most}
     best = max(sound, key=lambda f: sound[f]["cgF1"])
     near = [f for f in sound if sound[f]["cgF1"] >= sound[best]["cgF1"] - CLOSE]
     pick = min(near, key=lambda f: tuple(sound[f][n] for n in ("labels", "trained", "pairs", "seconds")))
-    chosen = sound[pick]
+    return pick, best, [f for f in value if f not in sound]
+
+
+def recommendation(metrics: Mapping[str, float], condition: str) -> str:
+    """What the table recommends (`recommended`), in three sentences."""
+    value = _values(metrics, condition)
+    pick, best, left = recommended(metrics, condition)
+    chosen, plain = value[pick], value["none"]
     said = f"Recommended: {FIXES[pick]}. cgF1 {chosen['cgF1']:.1f} (unrepaired {plain['cgF1']:.1f}), recall {chosen['recall']:.3f} ({plain['recall']:.3f}), "
     said += f"false positives {chosen['false']:.3f} ({plain['false']:.3f}); {chosen['labels']:.0f} labels, {chosen['trained']:.0f} parameters."
     if pick != best:
-        said += f" Within {CLOSE:g} points of the best, {FIXES[best]} ({sound[best]['cgF1']:.1f})."
-    if left := [FIXES[f] for f in value if f not in sound]:
-        said += f" Left out for false positives above {most:.3f}: {', '.join(left)}."
+        said += f" Within {CLOSE:g} points of the best, {FIXES[best]} ({value[best]['cgF1']:.1f})."
+    if left:
+        said += f" Left out for false positives above {_most(metrics, condition):.3f}: {', '.join(FIXES[f] for f in left)}."
     return said
+
+
+def _values(metrics: Mapping[str, float], condition: str) -> dict[str, dict[str, float]]:
+    names = ("cgF1", "labels", "trained", "pairs", "seconds", "recall", "false")
+    return {f: {n: metrics[f"{condition}/fix/{f}/{n}"] for n in names} for f in FIXES if f"{condition}/fix/{f}/cgF1" in metrics}
+
+
+def _most(metrics: Mapping[str, float], condition: str) -> float:
+    """The share of false positives from which on a fix is left out."""
+    return max(metrics[f"{condition}/fix/none/false"], metrics.get("teacher/fix/none/false", 0.0)) + TOLERATED

@@ -1,13 +1,17 @@
+import dataclasses
 import functools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from core import checkpoint, trainer
 from core import config as configs
+from core.checkpoint import read_weights
 from core.text import HashedText
-from plugins.sam3_fusion import calibration, shapes_sample
+from plugins.sam3_fusion import calibration, keys, shapes_sample
 from plugins.sam3_fusion.decoder import QueryDecoder
 from plugins.sam3_fusion.detector import ConvTrunk, PromptedDetector
 from plugins.sam3_fusion.fusion_encoder import FusionEncoder
@@ -24,6 +28,7 @@ from plugins.sam3_fusion.study import (
     distillation_loss,
     fix_rows,
     recommendation,
+    recommended,
     scatter,
 )
 from plugins.sam3_fusion.task import PromptedDetection
@@ -53,7 +58,8 @@ def finished(tmp_path_factory):
         presence_steps=2,
         distil_steps=2,
     )
-    task.prepare(tmp_path_factory.mktemp("study"))
+    task.workspace = tmp_path_factory.mktemp("study")
+    task.prepare(task.workspace)
     net = task.model()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
     batches, seen = task.batches(0, 0), []
@@ -208,8 +214,10 @@ def test_matched_features_have_the_teachers_moments_at_no_cost(finished):
 
 def test_the_picture_shows_every_pair_where_it_belongs(finished, tmp_path):
     task, net, _, _ = finished
-    task.pictures(net, tmp_path)
-    assert (tmp_path / "presence.png").stat().st_size > 1000
+    (tmp_path / "pictures").mkdir()
+    task.pictures(net, tmp_path / "pictures")
+    assert (tmp_path / "repaired/index.json").is_file()
+    assert (tmp_path / "pictures/presence.png").stat().st_size > 1000
     boxes = np.zeros((1, 1, 4))
     one = Reading(boxes, np.zeros((1, 1)), np.array([6.0]), [np.zeros((1, 4))], np.array(["present"]))
     sheet = np.asarray(scatter(one, {"a": one.moved(1.0, -12.0)}, side=240, limit=12.0))
@@ -292,3 +300,49 @@ def test_the_few_pairs_are_those_of_the_reading(finished):
         out = student(pairs["image"], pairs["tokens"], pairs["pad"], pairs["image_of"])
     np.testing.assert_allclose(out.presence[-1].numpy(), said.presence[chosen], atol=1e-5)
     np.testing.assert_allclose(out.scores[-1].numpy(), said.scores[chosen], atol=1e-5)
+
+
+def test_every_foldable_fix_is_a_weight_file_that_gives_its_row(finished, tmp_path, monkeypatch):
+    task, net, metrics, _ = finished
+    task.write_repaired(net.eval(), tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    listed = {(f["condition"], f["fix"]) for f in index["files"]}
+    assert listed == {(c, f) for c in CONDITIONS for f in set(FIXES) - {"none", "skip"} if f != "input" or c == "mismatched"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([f["file"] for f in index["files"]] + ["index.json"])
+    assert index["recommended"] == {c: recommended(metrics, c)[0] for c in CONDITIONS}
+    for one in index["files"]:
+        for figure, value in one["measured"].items():
+            assert value == pytest.approx(metrics[f"{one['condition']}/fix/{one['fix']}/{figure}"], abs=1e-5), (one["file"], figure)
+    platt, base = read_weights(tmp_path / "matched-platt.safetensors"), net.student("matched").state_dict()
+    assert {k for k, v in base.items() if not torch.equal(v, platt[k])} == {
+        "decoder.presence.head.2.weight",
+        "decoder.presence.head.2.bias",
+    }
+    student = task.blueprint().eval()
+    assert keys.read(student, platt).complete  # encoder, decoder, scorer
+    checkpoint.load_model(student, trainer.initial_weights(str(tmp_path / "mismatched-distil.safetensors")), what="distilled")
+    np.testing.assert_array_equal(task.read(student, task.test).presence, task.repaired["mismatched", "distil"].said.presence)
+    inner = [f["images"] for f in index["files"] if f["fix"] == "input"]
+    assert inner == [
+        {"mean": 0.5, "std": 0.5, "then": {"scale": list(imagenet_of_half().scale), "shift": list(imagenet_of_half().shift)}}
+    ]
+
+    wrong = dataclasses.replace(task.repaired["matched", "platt"], student=net.student("matched"))
+    monkeypatch.setitem(task.repaired, ("matched", "platt"), wrong)
+    with pytest.raises(FloatingPointError, match=r"matched-platt\.safetensors: presence logits differ"):
+        task.write_repaired(net, tmp_path / "wrong")
+
+
+def test_repaired_students_are_made_again_where_a_run_was_resumed_after_its_last_step(finished, tmp_path):
+    task, net, metrics, _ = finished
+    again = PresenceStudy(
+        detection, teacher_steps=2, student=functools.partial(StudentTrunk, width=2), calibration=3, labels=6, presence_steps=2, distil_steps=2
+    )  # fmt: skip
+    again.load_state(task.state())
+    again.prepare(task.workspace)
+    again.write_repaired(net, tmp_path)
+    for condition, fix in (("matched", "platt"), ("mismatched", "presence"), ("mismatched", "features_moment")):
+        name = f"{condition}-{fix}.safetensors"
+        ours = task.repaired[condition, fix].student.state_dict()
+        assert all(torch.equal(v, ours[k]) for k, v in read_weights(tmp_path / name).items()), name
+    assert again.found.keys() == {k for k in metrics if "/" in k}
