@@ -184,8 +184,9 @@ def status(folder: Path) -> Status | None:
     found = read_json(folder / "status.json")
     if "state" not in found:
         return None
-    names = {f.name for f in dataclasses.fields(Status)}
-    return Status(**{k: v for k, v in found.items() if k in names})
+    kinds: dict[str, Any] = {f.name: {"str": str, "int": int, "float": (int, float)}[str(f.type)] for f in dataclasses.fields(Status)}
+    fitting = {k: v for k, v in found.items() if k in kinds and isinstance(v, kinds[k])}
+    return Status(**fitting) if "state" in fitting else None
 
 
 def environment() -> dict[str, Any]:

@@ -15,6 +15,31 @@ from core import record
 
 SEED_KEY = "trainer.train.seed"
 SELECT_KEY = "trainer.train.select"
+MODE_KEY = "trainer.train.select_mode"
+
+# What a folder's files must hold where a report looks; anything else there is a gap.
+_NUMBERS = {"*": (int, float)}
+_INFO = {
+    "config": str, "seed": int, "overrides": [str], "command": [str], "effective": {"*": str}, "source": {"commit": str, "clean": bool},
+    "environment": {"versions": {"*": str}, "variables": {"*": str}, "accelerators": [str], "cpu_count": int, "threads": int, "platform": str},
+    "plugins": {"*": {"distribution": str, "version": str, "sha256": str}},
+}  # fmt: skip
+_RESULT = {
+    "step": int, "best_step": int, "metrics": _NUMBERS, "best": _NUMBERS, "first": _NUMBERS, "expected": _NUMBERS,
+    "tables": [{"title": str, "columns": [str], "rows": [list], "note": str}],
+}  # fmt: skip
+
+
+def _shaped(value: Any, form: Any) -> Any:
+    """A value without what is not of its form, None where the whole is not. Names that a form does not know stay as they are."""
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return None
+        kept = {k: _shaped(v, form.get(k, form.get("*", object))) for k, v in value.items()}
+        return kept if form is _NUMBERS else {k: v for k, v in kept.items() if v is not None}  # a metric without a number is a gap
+    if isinstance(form, list):
+        return [v for one in value if (v := _shaped(one, form[0])) is not None] if isinstance(value, list) else None
+    return value if isinstance(value, form) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +100,10 @@ class Run:
 
 
 def read(path: Path) -> Run:
-    """One run folder, with gaps where files are missing."""
-    return Run(path, record.read_json(path / "run.json"), record.read_json(path / "result.json"), record.status(path))
+    """One run folder, with gaps where files or entries are missing or of another form."""
+    info, result = (_shaped(record.read_json(path / f"{name}.json"), form) for name, form in (("run", _INFO), ("result", _RESULT)))
+    result["tables"] = [t for t in result.get("tables") or [] if {"title", "columns", "rows"} <= t.keys()]
+    return Run(path, info, result, record.status(path))
 
 
 def collect(places: Iterable[str]) -> list[Run]:
@@ -111,13 +138,21 @@ class Group:
         return [r for r in self.runs if r.metrics]
 
     def values(self, metric: str) -> dict[str, float]:
-        """Finite values of a metric by seed."""
-        found = {}
+        """Finite values of a metric by seed; of a seed that was run more than once the first counts."""
+        found: dict[str, float] = {}
         for run in self.finished:
             value = run.metrics.get(metric)
             if isinstance(value, (int, float)) and math.isfinite(value):
-                found[run.seed] = float(value)
+                found.setdefault(run.seed, float(value))
         return found
+
+    @property
+    def repeated(self) -> dict[str, bool]:
+        """Seeds that were run more than once, and whether the results agree."""
+        results: dict[str, list[Mapping[str, float | None]]] = {}
+        for run in self.runs:
+            results.setdefault(run.seed, []).append(run.metrics)
+        return {seed: all(m == given[0] for m in given if m) for seed, given in results.items() if len(given) > 1}
 
 
 _LABELLED = 6  # parameters named in a label
@@ -218,9 +253,9 @@ class Spread:
 
 
 def spread(group: Group, metric: str) -> Spread:
-    """A metric over a group's seeds. Runs without it are counted as missing, never silently left out."""
+    """A metric over a group's seeds. Seeds without it are counted as missing, never silently left out."""
     values = list(group.values(metric).values())
-    missing = len(group.runs) - len(values)
+    missing = len({run.seed for run in group.runs}) - len(values)
     if not values:
         return Spread(None, None, 0, missing)
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values), missing)
@@ -248,7 +283,7 @@ def best(groups: Sequence[Group], metric: str) -> list[Group]:
     means = [(g, m) for g in groups if (m := spread(g, metric).mean) is not None]
     if not means:
         return []
-    top = (min if lower_is_better(metric) else max)(m for _, m in means)
+    top = (min if lower_is_better(metric, [r for g in groups for r in g.runs]) else max)(m for _, m in means)
     return [g for g, m in means if m == top]
 
 
@@ -281,7 +316,17 @@ def paired(a: Group, b: Group, metric: str) -> tuple[float | None, int]:
     return float(2 * stats.t.sf(abs(t), len(differences) - 1)), len(differences)
 
 
-def lower_is_better(metric: str) -> bool:
-    """Losses, errors and calibration figures fall; the field's other metrics rise."""
+_FALLING = ("loss", "error", "nll", "ece", "fpr", "false", "leak", "rmse", "mse", "mae", "abs_rel", "perplexity", "fid", "eer", "wer", "cer", "brier", "lpips")  # fmt: skip
+
+
+def lower_is_better(metric: str, runs: Sequence[Run] = ()) -> bool:
+    """What the runs say of the metric that they select by; else losses, errors and calibration figures fall, and others rise."""
+    modes = {
+        run.effective.get(MODE_KEY, "'max'").strip("'\"")
+        for run in runs
+        if run.effective.get(SELECT_KEY, "").strip("'\"") == metric
+    }
+    if len(modes) == 1:
+        return modes == {"min"}
     name = metric.rsplit("/", 1)[-1].lower()
-    return any(name.startswith(p) or f"_{p}" in name for p in ("loss", "error", "nll", "ece", "fpr", "false", "leak"))
+    return any(name.startswith(p) or f"_{p}" in name for p in _FALLING)

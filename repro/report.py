@@ -157,7 +157,17 @@ def build(
         summary(groups, chosen), comparison(groups, chosen, baseline), published(groups), curves(groups), states(runs),
         own_tables(groups), costs(groups), pictures(groups), claimed(claims or {}), asked(groups),
     ]  # fmt: skip
+    _unique([table for section in sections for table in section.tables])
     return [s for s in sections if not s.empty]
+
+
+def _unique(tables: Sequence[Table]) -> None:
+    """Number the keys that come again: a file a table."""
+    seen: dict[str, int] = {}
+    for table in tables:
+        seen[table.key] = seen.get(table.key, 0) + 1
+        if seen[table.key] > 1:
+            table.key = f"{table.key}-{seen[table.key]}"
 
 
 def _slug(text: str) -> str:
@@ -181,6 +191,10 @@ def summary(groups: Sequence[Group], metrics: Sequence[str]) -> Section:
     if best:
         note += f". Marked: best by {metrics[0]}" + (" (a tie)" if len(best) > 1 else "")
     section.tables.append(Table("summary", "", ["configuration", "runs", *metrics], rows, note, best))
+    for group in groups:
+        for seed, agree in group.repeated.items():
+            same = "with the same result" if agree else "with DIFFERENT results"
+            section.paragraphs.append(f"{group.label}: seed {seed} was run more than once, {same}; it counts once, by the first.")
     return section
 
 

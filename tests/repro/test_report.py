@@ -1,5 +1,6 @@
 """Reports are made from run folders alone: gaps stay gaps, n is stated, everything is escaped, and the page works offline."""
 
+import argparse
 import csv
 import json
 import re
@@ -397,3 +398,57 @@ def test_the_page_opens_on_a_phone_without_an_error_and_every_figure_is_drawn(sw
     assert said["width"] == 390
     assert not said["over"]  # nothing sticks out; wide tables scroll inside their own box
     assert said["ground"] == ground
+
+
+def test_a_seed_that_was_run_twice_counts_once_and_it_is_said(tmp_path):
+    for name, value in (("one", 0.5), ("two", 0.7)):
+        make(tmp_path / name, "r", effective(0.5, 0), {"m": value})
+    make(tmp_path / "three", "r", effective(0.5, 1), {"m": 0.6})
+    runs = gather.collect([str(tmp_path)])
+    (group,) = gather.groups(runs)
+    spread = gather.spread(group, "m")
+    assert (spread.n, spread.missing) == (2, 0)
+    assert spread.mean == pytest.approx(0.55)
+    page = report.markdown(report.build(runs), "t")
+    assert "seed 0 was run more than once, with DIFFERENT results; it counts once" in page
+
+
+def test_what_runs_select_by_says_which_way_is_better(tmp_path):
+    for ratio, value in ((0.3, 0.3), (0.5, 0.5)):
+        asked = {**effective(ratio, 0), gather.SELECT_KEY: "'score'", gather.MODE_KEY: "'min'"}
+        make(tmp_path, f"r{ratio}", asked, {"score": value, "rmse": value, "mAP": value})
+    groups = gather.groups(gather.collect([str(tmp_path)]))
+    for metric, smallest in (("score", True), ("rmse", True), ("mAP", False)):
+        (top,) = gather.best(groups, metric)
+        assert (gather.spread(top, metric).mean == 0.3) == smallest, metric
+
+
+def test_every_table_has_a_file_of_its_own_however_long_the_names_are(tmp_path):
+    long = "x" * 120
+    planned(tmp_path, "gin/x.gin", {"a": [["preset", long + "1"]], "b": [["preset", long + "2"]]})
+    for name, ratio in (("a", 0.3), ("b", 0.5)):
+        make(tmp_path, name, effective(ratio, 0), {"m": 1.0}, tables=[{"title": "t", "columns": ["a"], "rows": [[1]], "note": ""}])
+    page = report.build(gather.collect([str(tmp_path)]))
+    keys = [table.key for section in page for table in section.tables]
+    assert len(keys) == len(set(keys))
+    assert sum(key.startswith("run-") for key in keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "entry", "value"),
+    [
+        ("run", "source", None), ("run", "environment", {"versions": {"torch": None}}), ("run", "plugins", {"sdtps": None}),
+        ("run", "command", None), ("run", "effective", {"a.b": ["1"], "trainer.train.seed": "0"}), ("status", "state", []),
+        ("result", "metrics", {"m": "0.5"}), ("result", "tables", [{"title": 3}, None]), ("result", "expected", []),
+    ],
+)  # fmt: skip
+def test_an_entry_of_another_form_is_a_gap_and_the_page_is_made(tmp_path, file, entry, value):
+    make(tmp_path, "r", effective(0.5, 0), {"m": 0.5})
+    path = tmp_path / "r" / f"{file}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), entry: value}))
+    runs = gather.collect([str(tmp_path)])
+    assert "<html" in report.render(report.build(runs), runs, "t", "c")
+    make(tmp_path, "other", effective(0.7, 0), {"m": 0.5})
+    from repro import compare
+
+    assert compare.main(argparse.Namespace(first=str(tmp_path / "r"), second=str(tmp_path / "other"))) == 0
