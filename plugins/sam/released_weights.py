@@ -26,12 +26,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from core.checkpoint import CheckpointError, LoadReport, load_model, read_weights
+from plugins.sam.dformer import rotary_angles
 
 # (ours, release), each a pattern of the other's text with {n} for an index. Order matters: first match wins.
 _BACKBONE = (
@@ -143,15 +144,18 @@ class SegmentorKeys:
 
     def from_reference(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
+        block = self.placement == "block"
         for key, value in theirs.items():
             if key.endswith(IGNORED) or _CONSTANT.match(key):
                 continue
-            if m := re.match(r"backbone\.encoder_sam_blocks\.(\d+)\.(\d+)\.(.*)", key):
+            if block and (m := re.match(r"backbone\.encoder_sam_blocks\.(\d+)\.(\d+)\.(.*)", key)):
                 out[f"encoder_alignment.{m[1]}.{m[2]}.{_rename(m[3], _ALIGNMENT, back=True)}"] = value
-            elif m := re.match(r"backbone\.encoder_sam_stage_modules\.(\d+)\.(.*)", key):
+            elif not block and (m := re.match(r"backbone\.encoder_sam_stage_modules\.(\d+)\.(.*)", key)):
                 out[f"encoder_alignment.{m[1]}.0.{_rename(m[2], _ALIGNMENT, back=True)}"] = value
             elif m := re.match(r"decode_head\.dec_sam_layers\.(\d+)\.(.*)", key):
                 out[f"decoder_alignment.{int(m[1]) + 1}.{_rename(m[2], _ALIGNMENT, back=True)}"] = value
+            elif key.startswith("backbone.encoder_sam_"):
+                out[key] = value  # of the other placement: unexpected, though its shapes may fit
             elif key.startswith("backbone."):
                 rest = BackboneKeys().from_reference({key.removeprefix("backbone."): value})
                 out.update({f"backbone.{k}": v for k, v in rest.items()})
@@ -162,6 +166,12 @@ class SegmentorKeys:
         return out
 
 
+def _angle(backbone: Any, stage: int) -> Tensor:
+    """What the release stores: by how much one step to the right turns each channel of a head."""
+    dim_head = backbone.dims[stage] // backbone.heads[stage]
+    return rotary_angles(dim_head, backbone.rope_index, (1, 2), torch.device("cpu"))[0, 1].repeat_interleave(2)
+
+
 def _check_constants(model: nn.Module, theirs: Mapping[str, Tensor], what: str) -> None:
     """Compare the constants that a checkpoint stores with ours: another decay is another model, whatever the shapes say."""
     modules = dict(model.named_modules())
@@ -170,11 +180,17 @@ def _check_constants(model: nn.Module, theirs: Mapping[str, Tensor], what: str) 
             continue
         name = f"backbone.{_rename(m['block'].removeprefix('backbone.') + '.', _BACKBONE, back=True)}prior"
         prior = modules.get(name) or modules.get(name.removeprefix("backbone."))
-        if prior is None or m["name"] != "decay":
+        if prior is None:
             continue
-        ours = prior.decay
-        if ours.shape != value.shape or not torch.allclose(ours.cpu(), value.cpu(), atol=1e-5):
-            raise CheckpointError(f"{what}: {key} is {value.tolist()}, this model has {ours.tolist()}; check heads and heads_range")
+        if m["name"] == "decay":
+            ours, check = prior.decay.cpu(), "heads and heads_range"
+        else:
+            ours, check = (
+                _angle(getattr(model, "backbone", model), int(name.split("stages.")[1].split(".")[0])),
+                "heads and rope_index",
+            )
+        if ours.shape != value.shape or not torch.allclose(ours, value.cpu().to(ours.dtype), atol=1e-5):
+            raise CheckpointError(f"{what}: {key} is {value.tolist()}, this model has {ours.tolist()}; check {check}")
     ours_state = SegmentorKeys(getattr(model, "encoder_placement", "block")).to_reference(
         {k: v for k, v in model.state_dict().items() if k.startswith(("encoder_alignment.", "decoder_alignment."))}
     )

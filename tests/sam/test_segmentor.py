@@ -198,7 +198,9 @@ def released(model, placement="block"):
     for i, stage in enumerate(model.backbone.stages):
         for j, block in enumerate(stage.blocks):
             state[f"backbone.layers.{i}.blocks.{j}.Geo.decay"] = block.prior.decay.clone()
-            state[f"backbone.layers.{i}.blocks.{j}.Geo.angle"] = torch.ones(4)
+            pairs = model.backbone.dims[i] // model.backbone.heads[i] // 2
+            speeds = [10000 ** -(k / (pairs - 1)) for k in range(pairs)]
+            state[f"backbone.layers.{i}.blocks.{j}.Geo.angle"] = torch.tensor([s for s in speeds for _ in range(2)])
     for key in [k for k in state if k.endswith(".gamma_scale")]:
         state[key.replace("gamma_scale", "total_ops")] = torch.zeros(1)
         state[key.replace("gamma_scale", "_inv_sqrt_dk")] = torch.ones(())
@@ -236,6 +238,22 @@ def test_released_checkpoints_load_under_their_own_names(tmp_path, placement):
         assert "backbone.encoder_sam_stage_modules.1.k_proj.weight" in state
 
 
+def test_angles_by_row_and_column_do_not_take_the_release_s(tmp_path):
+    torch.save(released(tiny(1)), tmp_path / "NYU.pth")
+    axial = Segmentor(5, 6, functools.partial(TINY, rope_index="axial2d"), HEAD)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.blocks\.0\.Geo\.angle .* check heads and rope_index"):
+        load_segmentor(axial, tmp_path / "NYU.pth")
+
+
+@pytest.mark.parametrize("placement", ["block", "export"])
+def test_a_checkpoint_of_the_other_placement_is_refused_though_the_shapes_fit(tmp_path, placement):
+    """With one unit a stage, as here, only the names tell them apart."""
+    other = {"block": "export", "export": "block"}[placement]
+    torch.save(released(tiny(1, encoder_placement=placement), placement), tmp_path / "NYU.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected: backbone\.encoder_sam_"):
+        load_segmentor(tiny(2, encoder_placement=other), tmp_path / "NYU.pth")
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -246,6 +264,7 @@ def test_released_checkpoints_load_under_their_own_names(tmp_path, placement):
             r"mismatched: head.classify.weight \(file \(7",
         ),
         (lambda s: s["backbone.layers.0.blocks.0.Geo.decay"].mul_(2), "check heads and heads_range"),
+        (lambda s: s["backbone.layers.1.blocks.0.Geo.angle"].mul_(2), "check heads and rope_index"),
         (lambda s: s["decode_head.dec_sam_layers.0.gamma_scale"].fill_(3), r"gamma_scale is 3.0, this model has gamma_scale 1.0"),
     ],
 )
