@@ -32,6 +32,7 @@ from core.registry import register
 from plugins.sam3_fusion.boxes import corners, logit
 from plugins.sam3_fusion.feed_forward import Activation, BlockwiseFeedForward, Mlp, autocasting, inference
 from plugins.sam3_fusion.positions import box_positions
+from plugins.sam3_fusion.prompts import check_prompt
 
 BIAS_SCALE = 8.0
 PRESENCE_LIMIT = 10.0
@@ -302,13 +303,16 @@ class QueryDecoder(nn.Module):
             valid_ratio: unpadded part of (width, height); scales the boxes in the queries' position code.
 
         Raises:
-            ValueError: if the memory does not have height·width tokens, or the prompt has none.
+            ValueError: if the memory does not have height·width tokens, the prompt has none, or shapes do not fit each other.
         """
+        if memory.ndim != 3 or memory.shape[2] != self.dim:
+            raise ValueError(f"memory must be (pairs, tokens, dim={self.dim}), got {tuple(memory.shape)}")
+        check_prompt(prompt, pad, self.dim)
+        if memory.shape[0] != prompt.shape[0]:
+            raise ValueError(f"{prompt.shape[0]} prompts for a memory of {memory.shape[0]}: the encoder gives one memory a prompt")
         batch, tokens, _ = memory.shape
         if self.box_bias is not None and tokens != size[0] * size[1]:
             raise ValueError(f"memory has {tokens} tokens and a grid of {size[0]}×{size[1]} has {size[0] * size[1]}")
-        if prompt.shape[1] == 0:
-            raise ValueError(f"the prompt needs at least one token (pad it), got shape {tuple(prompt.shape)}")
         lead = 0 if self.presence is None else 1
         seen = lead + self.queries.shape[0]
         copies = 2 if self.one_to_many and self.training else 1

@@ -21,6 +21,7 @@ from core.registry import register
 from plugins.sam3_fusion.decoder import QueryDecoder
 from plugins.sam3_fusion.export import fusion_parts
 from plugins.sam3_fusion.fusion_encoder import Fused, FusionEncoder
+from plugins.sam3_fusion.prompts import check_prompt
 from plugins.sam3_fusion.scoring import PromptScorer
 
 
@@ -233,6 +234,9 @@ class PromptedDetector(nn.Module):
             tokens: text vectors of each pair's prompt.
             pad: True where a token is padding.
             image_of: image of each pair.
+
+        Raises:
+            ValueError: if shapes do not fit each other or the detector.
         """
         return self.read(self.features(image), tokens, pad, image_of)
 
@@ -254,6 +258,9 @@ class PromptedDetector(nn.Module):
         image_of: Int[Tensor, " p"],
     ) -> Prompted:
         """Image tokens fused with each pair's prompt; what does not depend on the prompt is computed once an image."""
+        check_prompt(tokens, pad, self.text_dim, "tokens")
+        if image_of.shape != tokens.shape[:1]:
+            raise ValueError(f"image_of must be {tuple(tokens.shape[:1])}, one image for each prompt, got {tuple(image_of.shape)}")
         prompt, pad = self.prompt(tokens, pad)
         if self.encoder.pooled_text == "none":
             fused = self.encoder.fuse(self.encoder.image_state(features).select(image_of), prompt, pad)

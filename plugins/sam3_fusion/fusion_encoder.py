@@ -29,6 +29,7 @@ from core.layers import Attention
 from core.registry import register
 from plugins.sam3_fusion.feed_forward import Activation, BlockwiseFeedForward
 from plugins.sam3_fusion.positions import cell_positions
+from plugins.sam3_fusion.prompts import check_prompt
 
 Size = tuple[int, int]
 
@@ -209,8 +210,9 @@ class FusionEncoder(nn.Module):
         Raises:
             ValueError: if shapes do not fit, or the prompt has no token at all.
         """
+        check_prompt(prompt, pad, self.dim)
         if self.pooled_text != "none":
-            features = self._with_pooled_text(features, prompt, pad)
+            features, image_pad = self._with_pooled_text(features, prompt, pad, image_pad)
         return self.fuse(self._look(features, pos, image_pad), prompt, pad)
 
     def image_state(
@@ -234,11 +236,9 @@ class FusionEncoder(nn.Module):
         """Continue from `image_state` with a prompt for each image, or with several prompts for one image."""
         x, pos, image_pad, sizes, ratios = state
         count = prompt.shape[0]
-        if prompt.shape[1] == 0:
-            raise ValueError(f"the prompt needs at least one token (pad it), got shape {tuple(prompt.shape)}")
+        check_prompt(prompt, pad, self.dim)
         if x.shape[0] != count:
-            if x.shape[0] != 1:
-                raise ValueError(f"{count} prompts for {x.shape[0]} images: give one each, or choose images with ImageState.select")
+            _check_count(x.shape[0], count)
             x, pos, ratios = x.expand(count, -1, -1), pos.expand(count, -1, -1), ratios.expand(count, -1, -1)
             image_pad = None if image_pad is None else image_pad.expand(count, -1)
         first, *others = self.blocks
@@ -253,15 +253,25 @@ class FusionEncoder(nn.Module):
         return part(*inputs)
 
     def _with_pooled_text(
-        self, features: Tensor | Sequence[Tensor], prompt: Float[Tensor, "p l d"], pad: Bool[Tensor, "p l"] | None
-    ) -> list[Tensor]:
+        self,
+        features: Tensor | Sequence[Tensor],
+        prompt: Float[Tensor, "p l d"],
+        pad: Bool[Tensor, "p l"] | None,
+        image_pad: Tensor | Sequence[Tensor] | None,
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Features with each prompt's mean, and the padding of as many images: one image with several prompts becomes several."""
+        maps, count = _as_levels(features), prompt.shape[0]
+        for level in maps:
+            if level.shape[0] != count:
+                _check_count(level.shape[0], count)
         if self.pooled_text == "mean" or pad is None:
             pooled = reduce(prompt, "p l d -> p d", "mean")
         else:
             valid = rearrange((~pad).to(prompt.dtype), "p l -> p l 1")
             pooled = (prompt * valid).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+        cells = None if image_pad is None else [c.expand(count, -1, -1) if c.shape[0] == 1 else c for c in _as_levels(image_pad)]
         # out of place: a cached feature map must not collect prompts
-        return [level + rearrange(self.pool_proj(pooled), "p d -> p d 1 1") for level in _as_levels(features)]
+        return [level + rearrange(self.pool_proj(pooled), "p d -> p d 1 1") for level in maps], cells
 
     def _look(
         self,
@@ -304,6 +314,11 @@ class FusionEncoder(nn.Module):
         cells_pad = None if image_pad is None else torch.cat(padding, dim=1)
         x = self._run(self.blocks[0].look, x, p, cells_pad)
         return ImageState(x, p, cells_pad, tuple(sizes), torch.stack(ratios, dim=1))
+
+
+def _check_count(images: int, prompts: int) -> None:
+    if images != 1:
+        raise ValueError(f"{prompts} prompts for {images} images: give one each, or choose images with ImageState.select")
 
 
 def _as_levels(maps: Tensor | Sequence[Tensor]) -> list[Tensor]:

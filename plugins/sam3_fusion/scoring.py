@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from core.registry import register
 from plugins.sam3_fusion.feed_forward import BlockwiseFeedForward
+from plugins.sam3_fusion.prompts import check_prompt
 
 SCORE_LIMIT = 12.0
 
@@ -49,7 +50,14 @@ class PromptScorer(nn.Module):
         prompt: Float[Tensor, "b l d"],
         pad: Bool[Tensor, "b l"] | None = None,
     ) -> Float[Tensor, "layers b r"]:
-        """Logits of every row of every layer."""
+        """Logits of every row of every layer.
+
+        Raises:
+            ValueError: if the prompt does not fit the rows, or has no token.
+        """
+        check_prompt(prompt, pad, self.prompt_proj.in_features)
+        if hidden.shape[1] != prompt.shape[0]:
+            raise ValueError(f"{prompt.shape[0]} prompts for the rows of {hidden.shape[1]} pairs: give one prompt a pair")
         t = self.norm(prompt + self.mlp(prompt))
         if pad is None:
             pooled = t.mean(dim=1)

@@ -211,3 +211,32 @@ def test_runs_wherever_its_inputs_are():
         out = encoder(torch.empty(2, 8, 3, 5), torch.empty(2, 4, 8), torch.empty(2, 4, dtype=torch.bool))
     assert out.memory.device.type == "meta"
     assert out.memory.shape == (2, 15, 8)
+
+
+@pytest.mark.parametrize("kind", ["mean", "masked"])
+def test_pooled_text_takes_several_prompts_for_one_padded_image(kind):
+    encoder = small(pooled_text=kind).eval()
+    features, prompt, pad = inputs()
+    cells = torch.zeros(1, 2, 3, dtype=torch.bool)
+    cells[:, :, 2] = True
+    together = encoder(features[:1], prompt, pad, image_pad=cells)
+    assert together.image_pad.shape == (2, 6)
+    for i in range(2):
+        alone = encoder(features[:1], prompt[i : i + 1], pad[i : i + 1], image_pad=cells)
+        assert_close(together.memory[i], alone.memory[0])
+        assert_close(together.valid_ratios[i], alone.valid_ratios[0])
+    with pytest.raises(ValueError, match="3 prompts for 2 images: give one each"):
+        encoder(features, torch.randn(3, 4, 8))
+
+
+@pytest.mark.parametrize("pooled", ["none", "masked"])
+def test_a_prompt_that_does_not_fit_is_one_clear_error(pooled, unchecked_shapes):
+    encoder = small(pooled_text=pooled)
+    features, prompt, pad = inputs()
+    with pytest.raises(ValueError, match=r"pad must be \(2, 4\), one entry for each token of the prompt, got \(2, 3\)"):
+        encoder(features, prompt, pad[:, :3])
+    with pytest.raises(ValueError, match=r"prompt must be \(prompts, tokens, 8\), got \(2, 4, 6\)"):
+        encoder(features, prompt[..., :6], pad)
+    if pooled == "none":
+        with pytest.raises(ValueError, match=r"pad must be \(2, 4\)"):
+            encoder.fuse(encoder.image_state(features), prompt, pad[:1])

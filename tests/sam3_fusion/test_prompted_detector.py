@@ -236,3 +236,16 @@ def test_the_task_learns_reads_and_shows(tmp_path):
     seen = list(task.real_inputs(2))
     assert [len(one[3]) for one in seen] == [len(scene.prompts) for scene in task.test.scenes[:2]]
     assert net(*seen[0]).boxes.isfinite().all()
+
+
+def test_shapes_that_do_not_fit_are_one_clear_error(unchecked_shapes):
+    net = build().eval()
+    image, tokens, pad, image_of = given()
+    with pytest.raises(ValueError, match=r"tokens must be \(prompts, tokens, 8\), got \(3, 4, 6\)"):
+        net(image, tokens[..., :6], pad, image_of)
+    with pytest.raises(ValueError, match=r"pad must be \(3, 4\), one entry for each token of the prompt, got \(3, 3\)"):
+        net(image, tokens, pad[:, :3], image_of)
+    with pytest.raises(ValueError, match=r"image_of must be \(3,\), one image for each prompt, got \(2,\)"):
+        net(image, tokens, pad, image_of[:2])
+    with pytest.raises(ValueError, match="2 prompts for the rows of 3 pairs"):
+        net.scorer(torch.randn(2, 3, 5, 16), torch.randn(2, 4, 16))

@@ -308,3 +308,18 @@ def test_anchors_of_a_grid_are_the_same_on_every_device(count):
     torch.testing.assert_close(made.sigmoid(), torch.tensor([(x, y, 0.25, 0.25) for x, y in centres]), rtol=1e-6, atol=1e-6)
     with torch.device("meta"):  # nothing can be counted there
         assert QueryDecoder(8, 2, 1, 8, count, anchor_start="grid").anchors.is_meta
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_shapes_that_do_not_fit_are_one_clear_error(grad, unchecked_shapes):
+    decoder = small().eval()
+    memory, pos, prompt, pad = inputs()
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(ValueError, match="2 prompts for a memory of 1: the encoder gives one memory a prompt"):
+            decoder(memory[:1], SIZE, prompt, pad, pos[:1])
+        with pytest.raises(ValueError, match=r"prompt must be \(prompts, tokens, 8\), got \(2, 4, 6\)"):
+            decoder(memory, SIZE, prompt[..., :6], pad, pos)
+        with pytest.raises(ValueError, match=r"memory must be \(pairs, tokens, dim=8\), got \(2, 6, 6\)"):
+            decoder(memory[..., :6], SIZE, prompt, pad)
+        with pytest.raises(ValueError, match=r"pad must be \(2, 4\)"):
+            decoder(memory, SIZE, prompt, pad[:, :3], pos)
