@@ -331,7 +331,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"cannot read {path} without running code in it: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{path} is not a weight file that can be read without running code in it (.safetensors, or a .pt, .pth or .bin of tensors); "
+            f"{type(error).__name__}"
+        ) from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]

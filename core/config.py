@@ -22,7 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from core import registry
-from gin import config_parser
+
+try:
+    from gin import config_parser
+except ImportError as absent:  # from a checkout without its environment, the folder gin/ passes for the library
+    raise ImportError("gin-config is not installed in this Python; use .venv/bin/python, or install as README.md says") from absent
 
 PRECEDENCE = "constructor default < included file < the file itself < --set"
 TRAIN = "trainer.train"

@@ -184,7 +184,9 @@ def status(folder: Path) -> Status | None:
     found = read_json(folder / "status.json")
     if "state" not in found:
         return None
-    kinds: dict[str, Any] = {f.name: {"str": str, "int": int, "float": (int, float)}[str(f.type)] for f in dataclasses.fields(Status)}
+    kinds: dict[str, Any] = {
+        f.name: {"str": str, "int": int, "float": (int, float)}[str(f.type)] for f in dataclasses.fields(Status)
+    }
     fitting = {k: v for k, v in found.items() if k in kinds and isinstance(v, kinds[k])}
     return Status(**fitting) if "state" in fitting else None
 

@@ -24,6 +24,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    kinds = {c.kind for c in registry.index().values()}
+    for what, asked, known in (("plugin", args.plugin, {"core", *registry.plugins()}), ("kind", args.kind, kinds)):
+        if asked is not None and asked not in known:
+            near = registry.nearest(asked, known) or sorted(known)
+            raise ValueError(f"no {what} {asked!r}; {'nearest' if len(near) <= 3 else 'there are'}: {', '.join(near)}")
     found = [c for c in registry.index().values() if args.kind in (None, c.kind) and args.plugin in (None, c.plugin)]
     problems = dict(registry.plugin_problems())
     passports: dict[str, registry.Passport] = {}

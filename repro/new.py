@@ -21,7 +21,8 @@ from core import registry
 
 TEMPLATE = Path(__file__).parent / "template"
 PLACEHOLDER = "my_paper"
-TAKEN = ("by_hand", "conftest", "tests")  # what the package itself calls something else
+TAKEN = ("by_hand", "conftest", "golden", "tests")  # what the package itself calls something else
+LONGEST = 40  # characters of a name: with it, the package's lines stay within its own line length
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +55,8 @@ def check(name: str, into: Path) -> None:
             "is a word of the language" if keyword.iskeyword(name) else "must be lower-case letters, digits and single underscores"
         )
         raise ValueError(f"plugin name {name!r} {why}" + (f"; try {near}" if near else ""))
+    if len(name) > LONGEST:
+        raise ValueError(f"plugin name {name!r} has {len(name)} characters; choose one of at most {LONGEST}")
     if not into.is_dir():
         raise ValueError(f"--into {into}: no such folder")
     if (into / name).exists():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -120,6 +121,8 @@ def todo(rows: Sequence[sweep.Standing], args: argparse.Namespace) -> list[sweep
 def main(args: argparse.Namespace) -> int:
     if args.first is not None and args.first < 1:
         raise ValueError(f"--first must be at least 1, got {args.first}")
+    if not 0 <= args.grace < math.inf:
+        raise ValueError(f"--grace must be 0 or more seconds, got {args.grace}")
     for name, other in (("slots", "slurm"), ("threads", "slurm"), ("cluster", "local"), ("slurm", "local")):
         if getattr(args, name) not in (None, []) and args.launcher == other:
             raise ValueError(f"--{name} has no effect with --launcher {other}")

@@ -42,11 +42,13 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """One point of the product: overrides for `--set`, the cells of its row in a table, and its gin file if not the sweep's."""
+    """One point of the product: overrides for `--set`, the cells of its row in a table, its gin file if not the sweep's, and which
+    of the overrides are its preset's."""
 
     overrides: tuple[str, ...]
     cells: tuple[tuple[str, str], ...]
     file: str | None = None
+    preset: tuple[str, ...] = ()
 
 
 def split(text: str, separator: str) -> list[str]:
@@ -208,10 +210,13 @@ def product(axes: Sequence[Axis]) -> Iterator[Combination]:
     for chosen in itertools.product(*(range(len(a.points)) for a in axes)):
         overrides: list[str] = []
         cells: list[tuple[str, str]] = []
-        file = None
+        file: str | None = None
+        preset: tuple[str, ...] = ()
         for one, position in zip(axes, chosen):
             point = one.points[position]
-            overrides += [f"{name}={value}" for name, value in point]
+            own = tuple(f"{name}={value}" for name, value in point)
+            overrides += own
+            preset = own if one.labels else preset
             cells += [("preset", one.labels[position])] if one.labels else point
             file = one.files[position] if one.files else file
-        yield Combination(tuple(overrides), tuple(cells), file)
+        yield Combination(tuple(overrides), tuple(cells), file, preset)

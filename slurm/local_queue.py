@@ -123,7 +123,7 @@ class LocalQueue:
         self.since = time.time()
         self._kill_at: float | None = None
         self._beat_at = 0.0
-        self._announce = -1
+        self._keeper: subprocess.Popen[bytes] | None = None
 
     @property
     def stopping(self) -> bool:
@@ -144,12 +144,6 @@ class LocalQueue:
                 exit=None,
                 message="",
             )
-        keeper = subprocess.Popen(
-            [sys.executable, "-I", "-S", guardian.__file__, str(self.grace_s)],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        assert keeper.stdin is not None
-        self._announce = keeper.stdin.fileno()
         readable, writable = os.pipe()
         os.set_blocking(writable, False)
         os.set_blocking(readable, False)
@@ -159,6 +153,7 @@ class LocalQueue:
         try:
             while self.workers or (self.waiting and not self.stopping):
                 self._reap()
+                self._guard()
                 self._fill()
                 self._press()
                 self._beat()
@@ -174,13 +169,31 @@ class LocalQueue:
                 signal.signal(number, handler)
             os.close(readable)
             os.close(writable)
-            keeper.stdin.close()
-            keeper.wait()
+            if self._keeper is not None and self._keeper.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    self._keeper.stdin.close()
+                self._keeper.wait()
             self._beat("ended")
         return self.exits
 
     def _asked(self, signum: int, frame: Any) -> None:
         self.signals.append(signum)
+
+    def _guard(self) -> None:
+        """See that there is a guardian, and that it knows every worker: one that was killed is replaced."""
+        if self._keeper is not None and self._keeper.poll() is None:
+            return
+        self._keeper = subprocess.Popen(
+            [sys.executable, "-I", "-S", guardian.__file__, str(self.grace_s)],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        for pid in self.workers:
+            self._tell(b"+%d\n" % pid)
+
+    def _tell(self, line: bytes) -> None:
+        assert self._keeper is not None
+        assert self._keeper.stdin is not None
+        os.write(self._keeper.stdin.fileno(), line)
 
     def _fill(self) -> None:
         while self.free and self.waiting and not self.stopping:
@@ -210,7 +223,7 @@ class LocalQueue:
 
     def _announced(self) -> None:
         """In the new process, before it becomes the run: tell the guardian, so that there is no moment without one."""
-        os.write(self._announce, b"+%d\n" % os.getpid())
+        self._tell(b"+%d\n" % os.getpid())
 
     def _reap(self) -> None:
         for pid, worker in list(self.workers.items()):
@@ -220,7 +233,7 @@ class LocalQueue:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)  # data loaders and the like that outlived their run
             with contextlib.suppress(OSError):
-                os.write(self._announce, b"-%d\n" % pid)
+                self._tell(b"-%d\n" % pid)
             del self.workers[pid]
             self.free.append(worker.slot)
             self.free.sort(key=lambda s: s.number)

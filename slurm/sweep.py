@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ STATES = {
     "stopping": "stopped with a checkpoint; its job has not ended, and may be requeued",
     "requeued": "stopped with a checkpoint, SLURM starts it again",
     "waiting": "never started",
-    "stopped": "stopped with a checkpoint; --resume goes on",
+    "stopped": "stopped between steps, what was trained is kept; --resume goes on",
     "cancelled": "cancelled before it started; --resume takes it up",
     "failed": "ended with an error; its message and job.log say which",
     "lost": "its process or machine died without a word; --resume goes on",
@@ -183,6 +184,8 @@ def plan(
         grid.GridError: for an empty or impossible grid, a run without a file, or two files of one name.
         configs.ConfigError: with everything that is wrong in any combination.
     """
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9_][\w.+-]*", name):
+        raise ValueError(f"--name {name!r} must be one folder name: letters, digits, and . _ + - after the first")
     drafts: dict[str, configs.Draft] = {}
     problems: dict[str, int] = {}
     runs: dict[str, Run] = {}
@@ -197,17 +200,26 @@ def plan(
             )
         if file not in drafts:
             alike = next((other for other in drafts if _stem(other) == _stem(file)), None)
-            if alike is not None:
+            if alike is not None and configs.locate(alike).resolve() == configs.locate(file).resolve():
+                file = alike
+            elif alike is not None:
                 raise grid.GridError(
                     f"{alike} and {file} have one name, and runs are named by their file; copy one under another name"
                 )
-            drafts[file] = configs.draft(file, allow_imports=allow_imports)
+            if file not in drafts:
+                drafts[file] = configs.draft(file, allow_imports=allow_imports)
         try:
             config = drafts[file].config([*overrides, *combination.overrides])
         except configs.ConfigError as error:
             for problem in error.problems:
                 for override in combination.overrides:  # one line a name, however many values it has
-                    problem = problem.replace(f"--set {override}: ", f"--grid {override.partition('=')[0]}: ", 1)
+                    mine = override in combination.preset
+                    asker = (
+                        f"preset {dict(combination.cells)['preset']!r}, " + override
+                        if mine
+                        else f"--grid {override.partition('=')[0]}"
+                    )
+                    problem = problem.replace(f"--set {override}: ", f"{asker}: ", 1)
                 if combination.file and file not in problem:
                     problem = f"{file}: {problem}"
                 problems[problem] = problems.get(problem, 0) + 1

@@ -201,6 +201,16 @@ def test_a_duplicate_name_names_both_owners():
         registry._REGISTERED.pop("place.Same", None)
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [(["--plugin", "sdtp"], "no plugin 'sdtp'; nearest: sdtps"), (["--kind", "modul"], "no kind 'modul'; nearest: module")],
+)
+def test_listing_what_there_is_not_names_the_nearest(argv, said):
+    done = subprocess.run([sys.executable, "-m", "repro.list", *argv], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+
+
 def test_unknown_names_list_the_nearest():
     with pytest.raises(KeyError, match=r"trainer\.train"):
         registry.find("trainer.trian")

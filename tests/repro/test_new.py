@@ -113,6 +113,8 @@ def test_its_wheel_carries_the_gin_file(package, fresh):
         ("lambda", "is a word of the language; try lambda_paper"),
         ("torch", "a Python module called 'torch'"),
         ("gin", "a Python module called 'gin'"),
+        ("golden", "a Python module called 'golden'"),
+        ("a" * 41, "has 41 characters; choose one of at most 40"),
         ("tests", "a Python module called 'tests'"),
         ("sdtps", "a plugin 'sdtps' is installed already, by ginrepro"),
         ("there_already", "exists already"),

@@ -150,6 +150,8 @@ def test_presets_that_all_have_a_file_need_no_other(gin, tmp_path):
     assert found.name.startswith("some-")
     with pytest.raises(grid.GridError, match="which config for preset=b"):
         sweep.plan(None, [], [grid.presets({"a": [str(gin)], "b": ["LR=0.1"]})], tmp_path / "runs")
+    twice = [grid.presets({"a": [str(gin)], "b": [f"{gin.parent}/./{gin.name}", "LR=0.1"]})]
+    assert len(sweep.plan(None, [], twice, tmp_path / "runs").files) == 1  # one file under two spellings
     (tmp_path / "below").mkdir()
     other = tmp_path / "below" / "some.gin"
     other.write_text(GIN)
@@ -243,6 +245,10 @@ WRONG = [
     (["--grid", "LR=0.1", "--set", "LR=0.2"], 2, "already set by --set LR=0.2"),
     (["--grid", "SEED=0..1", "--first", "0"], 2, "--first must be at least 1"),
     (["--grid", "SEED=0..1", "--slots", "0"], 2, "slots must be at least 1"),
+    (["--grid", "SEED=0..1", "--grace", "nan"], 2, "--grace must be 0 or more seconds"),
+    (["--grid", "SEED=0..1", "--name", "a/b"], 2, "--name 'a/b' must be one folder name"),
+    (["--grid", "SEED=0..1", "--name", ".."], 2, "--name '..' must be one folder name"),
+    (["--preset", "a: SEED=1.5"], 2, "preset 'a', SEED=1.5: "),
     (["--grid", "SEED=0..1", "--slots", "2", "--launcher", "slurm"], 2, "--slots has no effect with --launcher slurm"),
     (["--grid", "SEED=0..1", "--slurm", "time=5"], 2, "--slurm has no effect with --launcher local"),
     (["--grid", "SEED=0..1", "--launcher", "slurm", "--cluster", "one_gpus"], 2, "one_gpu"),

@@ -171,6 +171,35 @@ def test_a_killed_controller_leaves_no_orphan(tmp_path, worker):
     assert not controller(tmp_path)["alive"]
 
 
+def guardian_of(controller):
+    """The guardian among a controller's children."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == controller.pid and b"guardian.py" in (path / "cmdline").read_bytes():
+                return int(path.name)
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="finds the guardian in /proc")
+def test_a_killed_guardian_is_replaced_and_the_new_one_knows_everybody(tmp_path, worker):
+    jobs = [worker("a", 300), worker("b", 1.0), worker("c", 300)]
+    keeper = control(tmp_path, jobs, grace=2.0)
+    everyone = pids(jobs[0])
+    wait_for(lambda: record.status(jobs[0].path))
+    first = wait_for(lambda: guardian_of(keeper))
+    os.kill(first, signal.SIGKILL)
+    second = wait_for(lambda: (found := guardian_of(keeper)) != first and found)
+    everyone += pids(jobs[2])  # b has ended and c begun, under the new one
+    assert read(jobs[1].path)["exit"] == 0
+    assert second
+    wait_for(lambda: record.status(jobs[2].path))
+    keeper.kill()
+    keeper.wait()
+    wait_for(lambda: not any(map(alive, everyone)), within=15)
+    assert record.status(jobs[0].path).state == record.status(jobs[2].path).state == "stopped"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_controller_is_passed_on_and_nothing_new_starts(tmp_path, worker, number):
     jobs = [worker(name, 300) for name in "abc"]
