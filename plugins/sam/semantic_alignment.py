@@ -56,8 +56,11 @@ def _widened(x: Tensor) -> Tensor:
 def mth_largest(logits: Float[Tensor, "b k n t"], m: int) -> Float[Tensor, "b k n 1"]:
     """The m-th largest value along the token axis, ties counted as often as they occur.
 
-    `torch.topk` sorts row by row on the CPU; among a few tokens, m running maxima over all rows at once are faster.
+    `torch.topk` sorts row by row on the CPU; among a few tokens, m running maxima over all rows at once are faster. In an export
+    with a symbolic number of tokens (torch.export, not strict) -inf stands for those that are fewer than m.
     """
+    if not isinstance(logits.shape[3], int):
+        return F.pad(logits, (0, m), value=-math.inf).topk(m, dim=3).values[..., -1:]
     if logits.device.type != "cpu" or m * logits.shape[3] > 1024:
         return logits.topk(m, dim=3).values[..., -1:]
     best = [torch.full_like(logits[..., 0], -math.inf) for _ in range(m)]
@@ -294,7 +297,7 @@ class SemanticAlignment(nn.Module):
             logits = torch.addcmul(bias, logits, self._inverse_length(query))
         else:
             logits = logits + bias
-        if side == "decoder" and self.top_m is not None and self.top_m < key.shape[1]:
+        if side == "decoder" and self.top_m is not None and (not isinstance(key.shape[1], int) or self.top_m < key.shape[1]):
             with torch.no_grad():
                 kept = logits >= mth_largest(logits, self.top_m)
                 bias = torch.where(kept, 0.0, -math.inf).to(logits.dtype)

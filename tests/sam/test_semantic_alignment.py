@@ -406,6 +406,19 @@ def test_a_zero_query_or_key_has_cosine_zero(dtype):
     assert_close(sam.attention(torch.randn(1, H, W, C, dtype=dtype), text).float(), torch.full((1, 2, H, W, T), 1 / T))
 
 
+@pytest.mark.parametrize("side", ["decoder", "encoder"])
+@torch.no_grad()
+def test_an_export_serves_any_number_of_tokens(side):
+    sam = module(side, top_m=3).eval()
+    visual, text = inputs(HOLES)
+    dynamic = torch.export.Dim.DYNAMIC
+    exported = torch.export.export(sam, (visual, text), dynamic_shapes=({0: dynamic}, {0: dynamic, 1: dynamic})).module()
+    for tokens in (2, 3, 4, 12):  # fewer than m, m, more
+        text = torch.randn(2, tokens, CT)
+        text[0, 1:] = 0
+        assert_close(exported(visual[:2], text), sam(visual[:2], text), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("sam_*.safetensors")), ids=lambda p: p.stem)
 def test_release_parity(path):
     result = golden.compare(golden.read(path))
