@@ -1,0 +1,84 @@
+"""Every gin file of SAM that can be run builds its task and model with no binding left over, alone and composed as documented."""
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import pytest
+
+from core import config as configs
+from core import record
+
+ROOT = Path(__file__).parents[2]
+VARIANTS = ["gin/sam_nyu.gin", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "gin/sam/variants").glob("*.gin"))]
+PRESETS = sorted(p.stem for p in (ROOT / "gin/sam/presets").glob("*.gin"))
+FORK = sorted(p.stem for p in (ROOT / "gin/sam/fork").glob("*.gin"))
+TEXTLESS = ("no_text", "control")
+
+wheel = pytest.mark.skipif(
+    importlib.util.find_spec("wordllama") is None, reason="the wheel wordllama (extra: text) is not installed"
+)
+
+
+class Built(Exception):
+    pass
+
+
+def build(file, root, folder, monkeypatch, **settings):
+    monkeypatch.chdir(ROOT)
+    settings = {"ROOT": str(root), "DEVICE": "cpu", **settings}
+    config = configs.read(str(file), [f"{k}={v}" for k, v in settings.items()])
+    configs.apply(config)
+    found = {}
+
+    def on_built(task, model):
+        found.update(task=task, model=model, unused=configs.unused(config))
+        raise Built
+
+    with record.RunFolder(folder, chatty=False) as run, pytest.raises(Built):
+        configs.configured(configs.TRAIN)(run, on_built)
+    return found
+
+
+def composed(folder, *files):
+    (folder / "mine.gin").write_text("".join(f"include '{file}'\n" for file in files))
+    return folder / "mine.gin"
+
+
+@pytest.mark.parametrize("file", [f if Path(f).stem in TEXTLESS else pytest.param(f, marks=wheel) for f in VARIANTS])
+def test_a_recipe_builds_and_leaves_no_binding_over(file, sample, tmp_path, monkeypatch):
+    found = build(file, sample, tmp_path / "run", monkeypatch)
+    assert found["unused"] == []
+    assert (found["task"].guidance is None) == (Path(file).stem == "no_text")
+
+
+@wheel
+@pytest.mark.parametrize(("preset", "release"), itertools.product(PRESETS, (False, True)))
+def test_every_preset_goes_after_a_recipe_with_or_without_the_release_s_switches(preset, release, sample, tmp_path, monkeypatch):
+    files = ["gin/sam_nyu.gin", f"gin/sam/presets/{preset}.gin", *(["gin/sam/release.gin"] if release else [])]
+    assert build(composed(tmp_path, *files), sample, tmp_path / "run", monkeypatch)["unused"] == []
+
+
+@pytest.mark.parametrize("base", ["sample", "fork/nyu_s"])
+def test_text_guidance_is_switched_off_by_one_include_in_the_place_of_the_text(base, sample, tmp_path, monkeypatch):
+    file = composed(tmp_path, f"gin/sam/{base}.gin", "gin/sam/no_text.gin")
+    found = build(
+        file, sample, tmp_path / "run", monkeypatch, **({} if base == "sample" else {"PRETRAINED": None, "WORKERS": 0, "BATCH": 2})
+    )
+    assert found["unused"] == []
+    assert found["task"].guidance is None
+    assert not [name for name, _ in found["model"].named_parameters() if "alignment" in name]
+
+
+@pytest.mark.parametrize("name", FORK)
+def test_the_fork_s_recipe_without_text_is_the_one_with_text_but_for_the_text(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    files = ["ROOT=/data", "PRETRAINED=/weights"]
+    plain = configs.read(str(composed(tmp_path, f"gin/sam/fork/{name}.gin", "gin/sam/no_text.gin")), files).effective()
+    guided = configs.read(
+        f"gin/sam/{name}.gin", [*files, *(f"{k}=/{k}" for k in ("TAGS", "CLIP_WEIGHTS", "CLIP_VOCABULARY"))]
+    ).effective()
+    differ = {key for key in plain.keys() | guided.keys() if plain.get(key) != guided.get(key)}
+    text = ("sam.ImageTags.", "text.CLIPText.", "sam.SemanticAlignment.", "sam.Segmentor.", "sam.Segmentation.text")
+    assert {key for key in differ if not key.startswith(text)} <= {"sam.Segmentation.published"}
+    assert plain["sam.Segmentation.text"] == "None"
