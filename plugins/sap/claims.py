@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from core import optim, record, trainer
-from core.claims import Verdict, claim, depends, holds, published, untestable
+from core.claims import Verdict, claim, depends, holds, published
 from plugins.sap.augmentation import EvalTransform, TrainTransform
 from plugins.sap.datasets import PACS
 from plugins.sap.dual_stream import DualStreamModel
@@ -35,7 +35,10 @@ NOTE = "Patch 3 note"
 WAYS, SHOTS, QUERIES, DOM, PHY = 5, 5, 15, 64, 640
 SUPPORT, ROWS = WAYS * SHOTS, WAYS * (SHOTS + QUERIES)
 PATCH2_SCALE = PHY**-0.5
-NEEDS_RUNS = "it is a prediction about training and the release has no run of Patch 3; gin/sap/variants holds the comparison to run"
+# From the study in docs/emoji7.md (three seeds each, 200 episodes, a quarter of the width; mean and deviation over seeds), which says how
+# to make it again. A test compares them with its table. Anchors are attached, as the note has them.
+EMOJI7_ACCURACY = {"patch 2": (0.5142, 0.0034), "patch 3": (0.5149, 0.0067)}
+EMOJI7_SCALE = (24.9989, 0.0010)
 
 
 def _episode(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,8 +148,14 @@ def first_forward() -> Verdict:
     domain, semantic, labels = _untrained()
     result = _module()(domain, semantic, semantic[:SUPPORT], labels, n_way=WAYS)
     flat = float(result.monitors["attn_entropy"]), float(result.monitors["attn_max"])
+    measured = (
+        f"N(0,1) features: entropy {h:.3f}, share {m:.3f} (40 draws); features of the untrained model: {flat[0]:.3f}, {flat[1]:.3f}"
+    )
+    on_noise, on_features = (1.2 < entropy < 1.5 and 0.35 < share < 0.55 for entropy, share in ((h, m), flat))
+    if not on_noise or on_features:
+        return holds(on_noise, measured=measured)
     return depends(
-        measured=f"N(0,1) features: entropy {h:.3f}, share {m:.3f} (40 draws); features of the untrained model: {flat[0]:.3f}, {flat[1]:.3f}",
+        measured=measured,
         why="the figures belong to random vectors in 640 dimensions; the untrained model's anchors are nearly parallel and attention is nearly uniform",
     )
 
@@ -229,10 +238,22 @@ def monitors() -> Verdict:
     "SAP-10",
     "in training the scale stays within 15 to 30, is rarely clipped, and Patch 3 beats Patch 2",
     source=NOTE,
-    expect="cannot be tested here",
+    expect="depends",
 )
 def training() -> Verdict:
-    return untestable(why=NEEDS_RUNS)
+    (old, old_spread), (new, new_spread), (scale, spread) = *EMOJI7_ACCURACY.values(), EMOJI7_SCALE
+    stays, beats = scale - 3 * spread > 15 and scale + 3 * spread < 30, new - old > max(old_spread, new_spread)
+    measured = (
+        f"emoji7, three seeds (docs/emoji7.md): scale {scale:g} ± {spread:g}, never clipped; accuracy {new:.4f} ± {new_spread:.4f} against "
+        f"{old:.4f} ± {old_spread:.4f} with Patch 2"
+    )
+    if stays == beats:
+        return holds(stays, measured=measured)
+    return depends(
+        measured=measured,
+        why="the scale does stay there, because it hardly moves; Patch 3 does not beat Patch 2 by more than the spread over seeds. At a quarter of the "
+        "width, not on PACS: the release has no run of Patch 3 there",
+    )
 
 
 @claim("SAP-11", "Patch 2's attention is too even, so purification is weak", source=NOTE)
@@ -341,10 +362,10 @@ def s8() -> Verdict:
     "S9",
     "the scale stays within 15 to 30, rarely clipped, and training beats Patch 2",
     source=f"{NOTE}, test points",
-    expect="cannot be tested here",
+    expect="depends",
 )
 def s9() -> Verdict:
-    return untestable(why=NEEDS_RUNS)
+    return training()
 
 
 # --- facts that the notes do not state ----------------------------------------------------------------------------------
@@ -663,6 +684,6 @@ def still_uniform() -> Verdict:
 
 
 published(
-    "PACS sketch", "accuracy on PACS, target sketch, at the end of the release's only run", plugin="sap", source="published curve, epoch 60",
-    config="gin/sap/pacs_release.gin", metric="accuracy[sketch]", value=0.737, tolerance=0.016,
+    "PACS sketch", "accuracy on PACS, target sketch, at the end of the release's only curve, which is older than Patch 3", plugin="sap",
+    source="published curve, epoch 60", config="gin/sap/pacs_patch2_release.gin", metric="accuracy[sketch]", value=0.737, tolerance=0.016,
 )  # fmt: skip

@@ -60,6 +60,7 @@ class FewShot(Task):
         no_decay: regular expressions on names of parameters without weight decay.
         eval_episodes: episodes of each evaluation.
         eval_seed: names the evaluation episodes.
+        name_target: give the held-out domain's accuracy as `accuracy[target]` too, so that one recipe can select on it whatever `target` is.
         eval_batch: images a forward pass in evaluation.
         workers: loader processes.
         cache: keep decoded images in memory.
@@ -87,6 +88,7 @@ class FewShot(Task):
         no_decay: tuple[str, ...] = (LOG_SCALE,),
         eval_episodes: int = 600,
         eval_seed: int = 0,
+        name_target: bool = False,
         eval_batch: int = 100,
         workers: int = 0,
         cache: bool = False,
@@ -109,7 +111,7 @@ class FewShot(Task):
         self.train_transform, self.eval_transform = train_transform(), eval_transform()
         self.split, self.clip_scope, self.own_streams, self.no_decay = split, clip_scope, own_streams, tuple(no_decay)
         self.eval_episodes, self.eval_seed, self.eval_batch = eval_episodes, eval_seed, eval_batch
-        self.workers, self.cache, self.sample_seed = workers, cache, sample_seed
+        self.name_target, self.workers, self.cache, self.sample_seed = name_target, workers, cache, sample_seed
         self.published = dict(published or {})
         self.seed = 0
 
@@ -201,6 +203,8 @@ class FewShot(Task):
         for name, (plan, _) in pools.items():
             values = [self._episode_accuracy(model, plan, features, [row[i] for i in episode]) for episode in drawn[name]]
             metrics.update(few_shot.interval(values).metrics(f"accuracy[{name}]"))
+        if self.name_target:
+            metrics["accuracy[target]"] = metrics[f"accuracy[{self.target}]"]
         metrics.update(self._leakage(model, drawn[self.target][:LEAK_EPISODES], features, row))
         seen = sorted({i for episode in drawn[self.target] for i in episode if self.data.records[i].domain == self.target_domain})
         names, classes = self._class_labels(seen, features.intrinsic.device).unique(return_inverse=True)

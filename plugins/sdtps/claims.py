@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,10 +40,10 @@ def _module(sparse: dict[str, Any] | None = None, aggregate: dict[str, Any] | No
 
 
 def _probe(module: MultiModalSDTPS, inputs: Inputs, uniforms: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean square of the concatenated mean-pooled outputs, and all outputs."""
+    """Mean square of the concatenated mean-pooled outputs, and all outputs, these without gradient."""
     enhanced = module(*inputs, uniforms)
     pooled = torch.cat([enhanced.tokens[m].mean(1) for m in MODALITIES], -1)
-    return pooled.square().mean(), enhanced.tokens
+    return pooled.square().mean(), {m: tokens.detach() for m, tokens in enhanced.tokens.items()}
 
 
 def _gradient(module: nn.Module, part: str) -> float:
@@ -57,14 +57,30 @@ def _uniforms(batch: int = 4, n: int = 128) -> dict[str, Tensor]:
     return {m: torch.rand(batch, n, generator=generator) for m in MODALITIES}
 
 
-def _cpu_seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    work()
-    times = []
-    for _ in range(repeats):
-        started = time.process_time()
-        work()
-        times.append(time.process_time() - started)
-    return min(times)
+def _cpu_seconds(works: Mapping[bool, Callable[[], object]], repeats: int = 12) -> dict[bool, float]:
+    """Least CPU time of each; they take turns, so that what else the machine does meets all of them."""
+    times: dict[bool, list[float]] = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            started = time.process_time()
+            work()
+            if turn:  # the first warms up
+                times[name].append(time.process_time() - started)
+    return {name: min(found) for name, found in times.items()}
+
+
+def _saved_bytes(work: Callable[[], object]) -> int:
+    """Memory that `work` keeps for its backward pass: bytes of the distinct storages that autograd saves."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive = work()  # while it lives no address is used twice
+    del alive
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 # --- attention and score ------------------------------------------------------------------------------------------------
@@ -101,24 +117,31 @@ def attention_scores() -> Verdict:
     expect="depends",
 )
 def without_gradient() -> Verdict:
-    seconds, guide_norm, token_norm = {}, {}, {}
+    steps: dict[bool, Callable[[], object]] = {}
+    memory, guide_norm, token_norm = {}, {}, {}
     for no_grad in (True, False):
-        module = _module(attention_no_grad=no_grad)
-
-        def step(module: MultiModalSDTPS = module) -> Inputs:
-            inputs = _inputs()
-            _probe(module, inputs)[0].backward()
-            return inputs
-
-        seconds[no_grad] = _cpu_seconds(step)
-        patches, guides = step()
+        module, inputs = _module(attention_no_grad=no_grad), _inputs()
+        _probe(module, inputs)[0].backward()
+        patches, guides = inputs
         guide_norm[no_grad] = sum(float(g.grad.norm()) for g in guides.values() if g.grad is not None)
         token_norm[no_grad] = torch.cat([p.grad.flatten() for p in patches.values() if p.grad is not None])
+        forward = functools.partial(_probe, module, inputs)
+        memory[no_grad] = _saved_bytes(forward)
+        steps[no_grad] = lambda forward=forward: forward()[0].backward()  # type: ignore[misc]
+    seconds = _cpu_seconds(steps)
     change = float((token_norm[True] - token_norm[False]).norm() / token_norm[False].norm())
+    measured = (
+        f"CPU time of forward and backward {seconds[True] / seconds[False]:.2f} of that with gradient; memory kept for the backward pass "
+        f"{memory[True] / 2**20:.2f} against {memory[False] / 2**20:.2f} MiB; gradient norm at the guides {guide_norm[True]:g} against "
+        f"{guide_norm[False]:.1e}; gradient at the patches changes by {change:.1e} of its norm"
+    )
+    if not (seconds[True] < seconds[False] and memory[True] < memory[False]):
+        return holds(False, measured=measured)
+    if guide_norm[True] == guide_norm[False] and change == 0:
+        return holds(True, measured=measured)
     return depends(
-        measured=f"CPU time of forward and backward {seconds[True] / seconds[False]:.2f} of that with gradient; gradient norm at the guides 0 against "
-        f"{guide_norm[False]:.1e}; gradient at the patches changes by {change:.1e} of its norm",
-        why="it saves time, but it does not leave learning alone: the global features lose the gradient they would have through the scores",
+        measured=measured,
+        why="it saves time and memory, but it does not leave learning alone: the global features lose the gradient they would have through the scores",
     )
 
 
@@ -182,14 +205,30 @@ def gumbel_inert() -> Verdict:
     expect="depends",
 )
 def plan_a() -> Verdict:
-    module = _module({"selection": "relaxed", "gumbel_tau": 0.1}, {"mask_mode": "none"}).train()
-    hard = _module().train()
+    module = _module({"selection": "relaxed", "gumbel_tau": 0.1}, {"mask_mode": "none"}, fused=False).train()
+    hard = _module(fused=False).train()
+    reached = []
     for one in (module, hard):
-        _probe(one, _inputs())[0].backward()
+        scores: list[Tensor] = []
+        predictor = one.selectors[0].score_predictor
+        assert predictor is not None
+        predictor.register_forward_hook(lambda _, given, out, scores=scores: scores.append(out))
+        loss = _probe(one, _inputs())[0]
+        (gradient,) = torch.autograd.grad(loss, scores[0], retain_graph=True)
+        reached.append(float((gradient != 0).float().mean()))
+        loss.backward()
     gap = max(float(v) for v in module.train_evaluation_gap(*_inputs()).values())
+    measured = (
+        f"scores with a gradient {reached[0]:.0%} (hard selection {reached[1]:.0%}); score MLP gradient norm {_gradient(module, 'score_predictor'):.2e} "
+        f"(hard selection {_gradient(hard, 'score_predictor'):.2e}); training output differs from evaluation output by {gap:.1%} "
+        "(relaxed top-k, τ 0.1, random tokens)"
+    )
+    if reached[0] < 1 or reached[1] == 1:
+        return holds(False, measured=measured)
+    if gap == 0:
+        return holds(True, measured=measured)
     return depends(
-        measured=f"score MLP gradient norm {_gradient(module, 'score_predictor'):.2e} (hard selection {_gradient(hard, 'score_predictor'):.2e}); "
-        f"training output differs from evaluation output by {gap:.1%} (relaxed top-k, τ 0.1, random tokens)",
+        measured=measured,
         why="the gradient reaches every score, at the price of a gap between training and evaluation; the note's own sketch gives one "
         "vector instead of k tokens, so it is built here as a k × n matrix of repeated softmax with suppression",
     )
@@ -231,10 +270,10 @@ def decision_matrix() -> Verdict:
 )
 def additive_penalty() -> Verdict:
     torch.manual_seed(0)
-    net = TokenAggregation(512, 128)
+    net = TokenAggregation(512, 128).requires_grad_(False)
     # Tokens that differ from one another in all channels but the last, which is 1: there the output is the sum of the weights.
     tokens = torch.cat([torch.randn(2, 64, 511), torch.ones(2, 64, 1)], -1)
-    worst = float((net(tokens)[..., -1] - 1).abs().max().detach())
+    worst = float((net(tokens)[..., -1] - 1).abs().max())
     _, _, before, after = _gumbel_effect({"mask_mode": "additive"})
     return holds(
         worst < 1e-5,
@@ -261,7 +300,7 @@ def open_source_gumbel() -> Verdict:
     expect="depends",
 )
 def gumbel_unstable() -> Verdict:
-    figures = []
+    norms: dict[str, float] = {}
     for label, sparse, aggregate in (
         ("penalty 1e10, τ 1", {}, {"mask_mode": "additive"}),
         ("penalty 1e10, τ 5, noise clipped at 5", {"gumbel_tau": 5.0, "gumbel_clip": 5.0}, {"mask_mode": "additive"}),
@@ -269,11 +308,21 @@ def gumbel_unstable() -> Verdict:
     ):
         module = _module({"use_gumbel": True, **sparse}, aggregate).train()
         _probe(module, _inputs(), _uniforms())[0].backward()
-        figures.append(f"{label}: {_gradient(module, 'score_predictor'):.2e}")
+        norms[label] = _gradient(module, "score_predictor")
     draws = torch.rand(2_000_000)
     noise = -torch.log(-torch.log(draws + 1e-9) + 1e-9)
+    lowest, highest = float(noise.min()), float(noise.max())
+    measured = (
+        f"score MLP gradient norms: {'; '.join(f'{label}: {norm:.2e}' for label, norm in norms.items())}. "
+        f"Two million draws of the noise lie in [{lowest:.2f}, {highest:.2f}]"
+    )
+    one, larger, log = norms.values()
+    if log > 1 or not -5 < lowest <= highest < 20:  # without the penalty too: then it is the noise
+        return holds(True, measured=measured)
+    if min(one, larger) < 1000 * log:
+        return holds(False, measured=measured, why="nothing is unstable here, with the penalty or without")
     return depends(
-        measured=f"score MLP gradient norms: {'; '.join(figures)}. Two million draws of the noise lie in [{float(noise.min()):.2f}, {float(noise.max()):.2f}]",
+        measured=measured,
         why="the noise is bounded and the log mask's gradient is of order one; what blows up is the penalty's factor 1e10. The fork's training runs "
         "themselves were not repeated, so the attribution is an inference",
     )
@@ -284,7 +333,7 @@ def gumbel_unstable() -> Verdict:
 
 @claim("SDTPS-10", "aggregation: LayerNorm, linear (0.2·C), GELU, linear, learnable scale 1", source="note 2, stage 4; SEPS eq. 4")
 def aggregation_net() -> Verdict:
-    net = TokenAggregation(512, 128)
+    net = TokenAggregation(512, 128).requires_grad_(False)
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
     wanted = {
         "scale": (1, 1, 1), "weight.0.weight": (512,), "weight.0.bias": (512,), "weight.1.weight": (102, 512), "weight.1.bias": (102,),
@@ -356,10 +405,11 @@ def compute() -> Verdict:
             for tokens in (None, MultiModalSDTPS)
         )
     module = after.module("tokens").macs
+    head = [found.macs - found.module("backbone").macs for found in (before, after)]
     return holds(
-        after.macs < 0.9 * before.macs,
-        measured=f"tokens 128 -> 26 (20.3 %). MACs: module {module / 1e6:.2f} M, whole network {before.macs / 1e9:.3f} G -> {after.macs / 1e9:.3f} G "
-        f"({after.macs / before.macs - 1:+.2%})",
+        head[1] < 0.9 * head[0] or after.macs < 0.9 * before.macs,
+        measured=f"tokens 128 -> 26 (20.3 %). MACs: module {module / 1e6:.2f} M, head (all that follows the tower) {head[0] / 1e6:.2f} M -> "
+        f"{head[1] / 1e6:.2f} M, whole network {before.macs / 1e9:.3f} G -> {after.macs / 1e9:.3f} G ({after.macs / before.macs - 1:+.2%})",
         why="tokens are compressed after the backbone has processed all of them, and nothing but a mean follows: the module is added cost",
     )
 
@@ -401,27 +451,28 @@ def disconnected() -> Verdict:
     whole, without = _module().train(), _module({"extra_mode": "none"}).train()
     for module in (whole, without):
         _probe(module, _inputs())[0].backward()
+    extra, none = _gradient(whole, "score_predictor"), _gradient(without, "score_predictor")
+    measured = f"score MLP gradient norm {extra:.2e} with the extra token, {none:g} without it"
+    if extra == 0 or none > 0:
+        return holds(extra == 0, measured=measured)
     return depends(
-        measured=f"score MLP gradient norm {_gradient(whole, 'score_predictor'):.2e} with the extra token, {_gradient(without, 'score_predictor'):g} without it",
+        measured=measured,
         why="right for the kept tokens, wrong for the dropped ones: the softmax that pools them carries the whole gradient",
     )
 
 
 # --- published numbers, not run here for want of the data sets -------------------------------------------------------------
+# Each belongs to the recipe that has its settings. What DeMo's own head (HDM and ATMoE) reaches is in the README: no recipe here builds it.
 
-_TABLE = "DeMo, AAAI 2025, result tables (CLIP backbone)"
-for _name, _junk, _rows in (
-    ("rgbnt201", "camera", (("mAP", 0.790), ("rank-1", 0.823), ("rank-5", 0.888), ("rank-10", 0.920))),
-    ("rgbnt100", "camera", (("mAP", 0.862), ("rank-1", 0.976))),
-    ("msvr310", "scene", (("mAP", 0.492), ("rank-1", 0.598))),
-):
-    for _metric, _value in _rows:
-        published(
-            f"{_name} {_metric}", f"{_name.upper()} {_metric} of DeMo, which SDTPS builds on", plugin="sdtps", source=_TABLE,
-            config=f"gin/sdtps/{_name}.gin", metric=f"{_metric}[{_junk}]", value=_value, tolerance=0.01,
-        )  # fmt: skip
-for _value, _metric in ((0.765, "mAP"), (0.798, "rank-1"), (0.895, "rank-5"), (0.931, "rank-10")):
+for _metric, _value in (("mAP", 0.730), ("rank-1", 0.758)):
     published(
-        f"rgbnt201 SDTPS {_metric}", f"RGBNT201 {_metric} of SDTPS alone in the fork's log of 12-07 (cosine schedule, one seed)", plugin="sdtps",
-        source="the fork's raw log", config="gin/sdtps/rgbnt201.gin", metric=f"{_metric}[camera]", value=_value, tolerance=0.015,
+        f"rgbnt201 baseline {_metric}", f"RGBNT201 {_metric} of DeMo's tower with PIFE alone, no token module", plugin="sdtps",
+        source="DeMo, AAAI 2025, ablation, row B (CLIP backbone)", config="gin/sdtps/rgbnt201_baseline.gin", metric=f"{_metric}[camera]",
+        value=_value, tolerance=0.01, where={"schedules.Cosine.noise_pct": "0.67"},
+    )  # fmt: skip
+for _metric, _value in (("mAP", 0.765), ("rank-1", 0.798), ("rank-5", 0.895), ("rank-10", 0.931)):
+    published(
+        f"rgbnt201 SDTPS {_metric}", f"RGBNT201 {_metric} of SDTPS alone in the fork's log of 12-07 (ratios 0.7 and 0.5, cosine schedule, one seed)",
+        plugin="sdtps", source="the fork's raw log", config="gin/sdtps/rgbnt201_stable_fork.gin", metric=f"{_metric}[camera]",
+        value=_value, tolerance=0.015,
     )  # fmt: skip

@@ -59,7 +59,7 @@ def test_an_entry_of_a_docstring_may_speak_of_several_options_and_run_over_lines
 
 
 def test_a_gin_file_that_binds_another_value_is_named(page):
-    assert rows(page, "sdtps.TokenSparse")["use_gumbel"][2] == "`True` (sdtps/variants/gumbel.gin)"
+    assert rows(page, "sdtps.TokenSparse")["use_gumbel"][2] == "`True` (sdtps/tokens/gumbel.gin)"
     assert rows(page, "sdtps.PKPlan")["instances"][2] == "`4` (sdtps/msvr310.gin), `16` (sdtps/rgbnt100.gin)"
 
 
