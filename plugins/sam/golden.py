@@ -43,6 +43,8 @@ def release_alignment(config: Mapping[str, Any]) -> SemanticAlignment:
     }  # fmt: skip
     if "add_residual" in config:
         passed["add_residual"] = config["add_residual"]
+    if not passed.get("decoder_learnable_temp", True) and not passed.get("encoder_learnable_temp", False):
+        passed.pop("clamp_logit", None)  # the release takes a bound that binds nothing; ours refuses other ones than its own
     return SemanticAlignment(
         dim=config["query_dim"],
         text_dim=config.get("text_dim", 512),

@@ -343,6 +343,48 @@ def test_one_clear_error_each():
         SemanticAlignment(8, decoder_logit_scale_init=0.0)
 
 
+FIXED = {"decoder_learnable_temp": False}  # the encoder's is by default
+DOT = {"decoder_use_cosine": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"clamp_policy": "none", "clamp_logit": 2.0}, r"clamp_logit = 2\.0 would have no effect, because clamp_policy = 'none'"),
+        ({**FIXED, "clamp_policy": "value_clamp"}, r"clamp_policy = 'value_clamp' would have no effect, because both temperatures"),
+        ({**FIXED, "clamp_policy": "none"}, r"clamp_policy = 'none' would have no effect"),
+        ({**FIXED, "clamp_logit": 2.0}, r"clamp_logit = 2\.0 would have no effect"),
+        ({**FIXED, "temp_param": "seed_literal", "clamp_logit": 3.0}, r"clamp_logit = 3\.0 would have no effect"),
+        ({**DOT, "cosine_norm_scope": "full_channel"}, r"cosine_norm_scope = 'full_channel' would have no effect, because neither"),
+        ({**DOT, "cosine_sqrt_dk": False}, r"cosine_sqrt_dk = False would have no effect"),
+        ({"add_residual": False, "residual_source": "raw"}, r"residual_source = 'raw' would have no effect, because add_residual"),
+    ],
+)
+def test_an_option_that_cannot_take_effect_is_an_error(options, complaint):
+    with pytest.raises(ValueError, match=f"SemanticAlignment: .*{complaint}"):
+        SemanticAlignment(8, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**FIXED, "encoder_learnable_temp": True, "clamp_policy": "value_clamp"},  # one set of options serves both sides' modules
+        {**FIXED, "temp_param": "init_as_log", "clamp_logit": 2.0},  # bounded when fixed too
+        {**FIXED, **sam_golden.RELEASE},  # the release's bound comes with its other switches, whatever the preset
+        {**DOT, "encoder_use_cosine": True, "cosine_norm_scope": "full_channel"},
+        {"add_residual": False, "residual_source": "raw", "missing_text": "upstream"},  # the stream where no sample has text
+    ],
+)
+def test_an_option_that_takes_effect_somewhere_is_none(options):
+    assert SemanticAlignment(8, **options)
+
+
+def test_a_golden_case_may_have_a_bound_that_binds_nothing():
+    config = {"query_dim": 8, "clamp_logit": 1.5, "mode": "decoder", "decoder_learnable_temp": False}
+    assert sam_golden.release_alignment(config).clamp_logit == 2.0
+    assert sam_golden.release_alignment({**config, "decoder_learnable_temp": True}).clamp_logit == 1.5
+
+
 def test_both_halves_share_their_projections():
     both = module("both")
     visual, text = inputs()
