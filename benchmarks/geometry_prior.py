@@ -1,6 +1,6 @@
 """CPU time of DFormerv2-S at 480x640 with the geometry prior's distances computed once a stage instead of once a block.
 
-    python benchmarks/geometry_prior.py          prints one line and exits 1 when a target is missed
+    python benchmarks/geometry_prior.py          prints one line and exits 1 when a limit is missed, in either reading
 
 Three models with the same weights and equal outputs, one forward each in turn (float32, one thread, no gradient):
 
@@ -9,7 +9,10 @@ Three models with the same weights and equal outputs, one forward each in turn (
                prior to explicit logits and takes their softmax (the released order, written from its formulas)
     block      ours, but with the distances and codes computed again in every block: what sharing alone is worth
 
-Target: ours / released at most 0.9.
+The limit of 0.9 can be read in two ways. ours / released, the form with everything once a block as it was released: met.
+ours / block, where nothing but the sharing differs: missed, because distances and codes are a small part of a forward;
+`distances_share` is what all blocks together spend on them over `block`, so that sharing saves less than that. `limits` judges
+each reading; `ok` is true when all are met and the outputs are equal.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plugins.sam.dformer import DFormerv2, GeometryAttention, GeometryPrior
 
-TARGET = 0.9
+LIMIT = 0.9
 
 
 def turn(x: Tensor) -> Tensor:
@@ -123,9 +126,16 @@ def measure(rounds: int = 6, height: int = 480, width: int = 640) -> dict[str, f
         worst = max(
             float((a - b).abs().max() / b.abs().max()) for n in ("ours", "block") for a, b in zip(features[n], features["released"])
         )
-        best = dict.fromkeys(models, math.inf)
+
+        def distances(_: Tensor, depth: Tensor) -> None:
+            for stage, blocks in enumerate(ours.stages):
+                for _ in blocks.blocks:
+                    ours.distances(depth, stage, (height >> (stage + 2), width >> (stage + 2)))
+
+        timed = {**models, "distances": distances}
+        best = dict.fromkeys(timed, math.inf)
         for _ in range(rounds):  # interleaved, so that a slow spell of the machine hits all
-            for name, model in models.items():
+            for name, model in timed.items():
                 started = time.process_time()
                 model(image, depth)
                 best[name] = min(best[name], time.process_time() - started)
@@ -133,6 +143,7 @@ def measure(rounds: int = 6, height: int = 480, width: int = 640) -> dict[str, f
         **{f"{name}_s": seconds for name, seconds in best.items()},
         "ratio": best["ours"] / best["released"],
         "sharing_alone": best["ours"] / best["block"],
+        "distances_share": best["distances"] / best["block"],
         "worst_output": worst,
     }
 
@@ -141,10 +152,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
     result = measure(parser.parse_args().rounds)
-    ok = result["ratio"] <= TARGET and result["worst_output"] < 1e-4
-    print(
-        json.dumps({"benchmark": "geometry_prior", "target_ratio": TARGET, "ok": ok, **{k: round(v, 6) for k, v in result.items()}})
-    )
+    limits = {
+        reading: {"value": round(result[name], 3), "limit": LIMIT, "met": result[name] <= LIMIT}
+        for reading, name in (("against the released form", "ratio"), ("sharing alone, the literal reading", "sharing_alone"))
+    }
+    why = f"distances and codes in every block are {result['distances_share']:.3f} of that forward: all that sharing them can save"
+    equal = result["worst_output"] < 1e-4
+    ok = equal and all(judged["met"] for judged in limits.values())
+    figures = {k: round(v, 6) for k, v in result.items()}
+    print(json.dumps({"benchmark": "geometry_prior", "ok": ok, "equal": equal, "limits": limits, "why": why, **figures}))
     return 0 if ok else 1
 
 

@@ -1,16 +1,18 @@
 """CPU time of SAM's decoder side, forward and backward, against the released order of operations.
 
-    python benchmarks/semantic_alignment.py      prints one line and exits 1 when a target is missed
+    python benchmarks/semantic_alignment.py      prints one line and exits 1 when a limit is missed, in either reading
 
 Released order (written from its formulas): heads split in place, einsum over (b, n, heads, d), scale on the large side,
 torch.topk over every row, a mask of -inf filled by scatter, softmax, NaN rows replaced, einsum; host reads of the padding.
 Figures at B=2, 30x40, 256 wide, 8 heads, T=32, 512-wide text, top 5 (equal outputs and gradients, float32, one thread):
 
     attention_ratio        from projected queries, keys and values to the attended values: what the order of operations
-                           concerns. Target: at most 0.75
-    decoder_ratio          the whole block, forward and backward
+                           concerns. Limit 0.75
+    decoder_ratio          the whole block, forward and backward, which the limit of 0.75 literally speaks of: missed
     matrix_product_share   the block's linear layers alone (forward and backward, the same on both sides) over the released
-                           block: no order of operations brings decoder_ratio below it
+                           block: no order of operations brings decoder_ratio below it, and it is above 0.75 already
+
+`limits` judges each reading; `ok` is true when all are met and both sides are equal.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plugins.sam.semantic_alignment import SemanticAlignment
 
-TARGET = 0.75
+LIMIT = 0.75
 BATCH, HEIGHT, WIDTH, DIM, HEADS, TOKENS, TEXT = 2, 30, 40, 256, 8, 32, 512
 
 
@@ -122,12 +124,14 @@ def main() -> int:
     result = measure(parser.parse_args().rounds)
     equal = all(v < 1e-5 for k, v in result.items() if k.endswith("_output"))
     equal &= all(v < 1e-4 for k, v in result.items() if k.endswith("_gradient"))
-    ok = equal and result["attention_ratio"] <= TARGET
-    print(
-        json.dumps(
-            {"benchmark": "semantic_alignment", "target_ratio": TARGET, "ok": ok, **{k: round(v, 9) for k, v in result.items()}}
-        )
-    )
+    limits = {
+        reading: {"value": round(result[name], 3), "limit": LIMIT, "met": result[name] <= LIMIT}
+        for reading, name in (("attention alone", "attention_ratio"), ("whole decoder side, the literal reading", "decoder_ratio"))
+    }
+    why = f"matrix products that both sides share are {result['matrix_product_share']:.2f} of the released block: the least the whole can be"
+    ok = equal and all(judged["met"] for judged in limits.values())
+    figures = {k: round(v, 9) for k, v in result.items()}
+    print(json.dumps({"benchmark": "semantic_alignment", "ok": ok, "equal": equal, "limits": limits, "why": why, **figures}))
     return 0 if ok else 1
 
 
