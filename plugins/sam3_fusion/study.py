@@ -570,7 +570,8 @@ class PresenceStudy(Task):
                 continue
             path = folder / f"{condition}-{fix}.safetensors"
             state = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in made.student.state_dict().items()}
-            checkpoint.write_atomic(path, save_bytes(state, {"condition": condition, "fix": fix}))
+            # One entry of metadata: the order of several is not fixed, and equal runs give equal files.
+            checkpoint.write_atomic(path, save_bytes(state, {"repaired": path.stem}))
             back = copy.deepcopy(made.student).eval()
             checkpoint.load_model(back, checkpoint.read_weights(path), what=str(path))
             said = self.read(back if made.input is None else prepared(back, made.input), self.test)

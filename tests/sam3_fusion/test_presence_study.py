@@ -345,4 +345,7 @@ def test_repaired_students_are_made_again_where_a_run_was_resumed_after_its_last
         name = f"{condition}-{fix}.safetensors"
         ours = task.repaired[condition, fix].student.state_dict()
         assert all(torch.equal(v, ours[k]) for k, v in read_weights(tmp_path / name).items()), name
+    task.write_repaired(net, tmp_path / "first")
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
     assert again.found.keys() == {k for k in metrics if "/" in k}
