@@ -205,7 +205,7 @@ def load_segmentor(model: nn.Module, path: Path) -> LoadReport:
     Raises:
         CheckpointError: with the missing, unexpected and mismatched names, or the constant that differs.
     """
-    theirs = _strip(read_weights(path))
+    theirs = _read(path)
     _check_constants(model, theirs, str(path))
     keys = SegmentorKeys(getattr(model, "encoder_placement", "block"))
     return load_model(model, keys.from_reference(theirs), what=str(path))
@@ -220,13 +220,19 @@ def load_pretrained_backbone(model: nn.Module, path: Path) -> LoadReport:
     Raises:
         CheckpointError: with the names that do not fit.
     """
-    theirs = {k.removeprefix("backbone."): v for k, v in _strip(read_weights(path)).items()}
+    theirs = {k.removeprefix("backbone."): v for k, v in _read(path).items()}
     _check_constants(model, theirs, str(path))
     ours = BackboneKeys().from_reference(theirs)
     classifier = tuple(k for k in ours if k.split(".")[0] in ("head", "norm", "proj", "fc", "classifier", "aux_head"))
     return load_model(model, ours, what=str(path), ignore=classifier or (), allow=("out_norms.",))
 
 
-def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix that data-parallel wrappers add."""
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, unwrapped as the release does (`model`, then `state_dict`), without data-parallel prefixes."""
+    state = read_weights(path)
+    if not state and path.suffix != ".safetensors":  # it opens the two in the other order
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        for wrapper in ("model", "state_dict"):
+            held = held.get(wrapper, held) if isinstance(held, dict) else {}
+        state = {k: v for k, v in held.items() if isinstance(v, Tensor)} if isinstance(held, dict) else {}
     return {k.removeprefix("module."): v for k, v in state.items()}

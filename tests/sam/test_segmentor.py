@@ -279,6 +279,27 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_names(tmp_path, chan
     assert torch.equal(target.head.classify.weight, before)
 
 
+@pytest.mark.parametrize("wrappers", [(), ("model",), ("state_dict",), ("model", "state_dict"), ("state_dict", "model")])
+def test_a_checkpoint_is_unwrapped_as_the_release_does(tmp_path, wrappers):
+    source, target = tiny(1), tiny(2)
+    held = {f"module.{k}": v for k, v in released(source).items()}
+    for name in reversed(wrappers):
+        held = {name: held, "epoch": 3}
+    torch.save(held, tmp_path / "NYU.pth")
+    assert load_segmentor(target, tmp_path / "NYU.pth").matched == len(source.state_dict())
+    backbone = load_pretrained_backbone(tiny(2, encoder_stages=(), decoder_stages=()).backbone, wrapped(tmp_path, source, wrappers))
+    assert backbone.matched == len(source.backbone.state_dict())
+
+
+def wrapped(folder, source, wrappers):
+    """The backbone alone, as pretraining leaves it, in the same wrappers."""
+    held = {k: v for k, v in released(source).items() if k.startswith("backbone.") and "_sam_" not in k}
+    for name in reversed(wrappers):
+        held = {name: held}
+    torch.save(held, folder / "pretrained.pth")
+    return folder / "pretrained.pth"
+
+
 def test_pretrained_backbone_loads_without_its_classifier(tmp_path):
     source, target = tiny(1), tiny(2)
     state = {k.removeprefix("backbone."): v for k, v in released(source).items() if k.startswith("backbone.") and "_sam_" not in k}
