@@ -152,6 +152,16 @@ class _Matches:
         return same[~is_junk], same[is_junk]
 
 
+def matched(query: Labels, gallery: Labels, *, junk: Junk) -> NDArray[np.bool_]:
+    """Which queries have a match that counts, (q,). Labels alone decide it: the others are skipped by every evaluation.
+
+    Raises:
+        ValueError: if labels of the protocol are missing.
+    """
+    found = _Matches(query, gallery, junk)
+    return np.array([len(found.of(q)[0]) > 0 for q in range(len(query))], np.bool_)
+
+
 class _Ranker:
     """Exact ranks of a query's matches in its gallery list, from one row of distances and without ordering the row.
 

@@ -64,6 +64,11 @@ class Settings(NamedTuple):
     norm_eps: float
 
 
+def listened(module: nn.Module) -> bool:
+    """Whether somebody hooked the module and waits for its call."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 def fusable(tensors: Sequence[Tensor], layers: Sequence[nn.Module]) -> bool:
     """Whether a hand-written gradient is wanted (something is to be differentiated) and may stand for these layers.
 
@@ -78,12 +83,8 @@ def fusable(tensors: Sequence[Tensor], layers: Sequence[nn.Module]) -> bool:
         and not torch.jit.is_tracing()
         and not torch.compiler.is_compiling()
         and not hooks._has_any_global_hook()
-        and all(
-            type(layer) in (nn.Linear, nn.LayerNorm) and not layer._forward_hooks and not layer._forward_pre_hooks
-            and not layer._backward_hooks and not layer._backward_pre_hooks
-            for layer in layers
-        )
-    )  # fmt: skip
+        and all(type(layer) in (nn.Linear, nn.LayerNorm) and not listened(layer) for layer in layers)
+    )
 
 
 class CosineMaps(torch.autograd.Function):

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from core.profile import TokenReport
 from core.registry import register
-from plugins.sdtps.fused import CosineMaps, SelectAndAggregate, Settings, fusable
+from plugins.sdtps.fused import CosineMaps, SelectAndAggregate, Settings, fusable, listened
 from plugins.sdtps.token_aggregation import TokenAggregation
 from plugins.sdtps.token_sparse import Selection, Similarity, TokenSparse, attention_maps, require_choice, select
 
@@ -201,6 +201,11 @@ class MultiModalSDTPS(nn.Module):
     ) -> dict[str, Selection]:
         names = self.modalities
         draws = None if uniforms is None else [uniforms[name] for name in names]
+        if any(type(s).forward is not TokenSparse.forward or listened(s) for s in self.selectors):  # each is called, as it expects
+            if draws is None and self.selectors[0].noisy:  # one draw for all of them, as below, so that a hook changes no number
+                attended = self.selectors[0].attend(torch.cat([maps[m] for m in names])).detach()
+                draws = list(torch.rand_like(attended).chunk(len(names)))
+            return {m: self.sparse[m](patches[m], maps[m], None if draws is None else draws[i]) for i, m in enumerate(names)}
         return dict(zip(names, select(self.selectors, [patches[m] for m in names], [maps[m] for m in names], draws)))
 
     def _fused(self, patches: Mapping[str, Float[Tensor, "b n c"]], maps: Mapping[str, Float[Tensor, "b g n"]]) -> Enhanced | None:
@@ -212,6 +217,8 @@ class MultiModalSDTPS(nn.Module):
         if any(type(s).forward is not TokenSparse.forward for s in selectors) or any(
             type(a).forward is not TokenAggregation.forward for a in aggregators
         ):
+            return None
+        if any(listened(part) for own in (*selectors, *aggregators) for part in own.modules()):
             return None
         tokens, seen = [patches[name] for name in self.modalities], [maps[name] for name in self.modalities]
         layers = [(*s.linears, *a.layers) for s, a in zip(selectors, aggregators)]

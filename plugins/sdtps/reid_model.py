@@ -24,6 +24,7 @@ from plugins.sdtps import clip_vit, multimodal
 from plugins.sdtps.adaptive_masking import AdaptiveMaskingKeys
 from plugins.sdtps.clip_vit import CLIPVisionTransformer
 from plugins.sdtps.multimodal import MultiModalSDTPS
+from plugins.sdtps.token_sparse import require_idle
 
 MODALITIES = ("rgb", "nir", "tir")
 
@@ -108,7 +109,10 @@ class TriModalReID(nn.Module):
         direct: one head over the concatenated global features; False has a head a modality.
         masked_mean: the mean over tokens leaves out all-zero tokens.
         missing_guide: whether a missing modality (all its input zero) still guides the others: `keep` as the release does,
-            `drop` replaces its guide by the mean of those present.
+            `drop` replaces its guide by the mean of those present, for the token module and for the one inside the tower.
+
+    Raises:
+        ValueError: for a value out of range, or an option that could not take effect beside the others.
     """
 
     def __init__(
@@ -127,8 +131,13 @@ class TriModalReID(nn.Module):
         missing_guide: Literal["keep", "drop"] = "keep",
     ):
         super().__init__()
-        if guide == "pife" and not pife:
+        if tokens is not None and guide == "pife" and not pife:
             raise ValueError("guide is 'pife', but pife is False; set guide = 'cls'")
+        if tokens is None:
+            idle = {"masked_mean": masked_mean} | ({"guide": guide} if pife else {})
+            require_idle(TriModalReID, idle, "there is no token module (tokens = None)")
+        if inside is None:
+            require_idle(TriModalReID, {"inside_after": inside_after}, "there is no token module inside the tower (inside = None)")
         self.guide, self.direct, self.masked_mean, self.missing_guide = guide, direct, masked_mean, missing_guide
         self.backbone = backbone(cameras=cameras)
         tower = cast(CLIPVisionTransformer, self.backbone)
@@ -145,6 +154,13 @@ class TriModalReID(nn.Module):
             patches = int(cast(MultiModalSDTPS, self.inside).num_out)
         self.pife = nn.ModuleDict({m: PatchIntegrated(dim) for m in MODALITIES}) if pife else None
         self.tokens = tokens(dim=dim, num_patches=patches, modalities=MODALITIES) if tokens is not None else None
+        parts = [part for part in (self.tokens, self.inside) if part is not None]
+        guided = [part for part in parts if getattr(part, "guide", "global") == "global"]
+        if not guided:
+            why = "no token module takes a guide (none, or guide = 'mean_patch')"
+            require_idle(TriModalReID, {"missing_guide": missing_guide}, why)
+        if self.tokens is not None and self.tokens not in guided:
+            require_idle(TriModalReID, {"guide": guide} if pife else {}, "the token module's own guide is 'mean_patch'")
         self.heads = nn.ModuleDict()
         if direct:
             self.heads["ori"] = BNNeckHead(3 * dim, identities)
@@ -167,7 +183,7 @@ class TriModalReID(nn.Module):
         if self.inside is None:
             out = self.backbone(stacked, every)
         else:
-            out, masks = self._pruned(stacked, every)
+            out, masks = self._pruned(stacked, every, images)
         tokens = rearrange(out, "(m b) n c -> m b n c", m=len(MODALITIES))
         cls = {m: tokens[i, :, 0] for i, m in enumerate(MODALITIES)}
         patches = {m: tokens[i, :, 1:] for i, m in enumerate(MODALITIES)}
@@ -187,16 +203,16 @@ class TriModalReID(nn.Module):
         features = {name: gather(feature) for name, feature in features.items()}
         return ReIDOutput(features, {name: self.heads[name](feature) for name, feature in features.items()}, masks)
 
-    def _pruned(self, images: Tensor, cameras: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _pruned(self, stacked: Tensor, cameras: Tensor | None, images: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The tower with its tokens reduced after `inside_after` blocks, and the decision masks over the patches."""
         tower = cast(CLIPVisionTransformer, self.backbone)
-        hidden = tower.run(tower.embed(images, tower.camera_shift(cameras)), 0, self.inside_after)
+        hidden = tower.run(tower.embed(stacked, tower.camera_shift(cameras)), 0, self.inside_after)
         by_modality = rearrange(hidden, "(m b) n c -> m b n c", m=len(MODALITIES))
         patches = {m: by_modality[i, :, 1:] for i, m in enumerate(MODALITIES)}
-        guides = {m: by_modality[i, :, 0] for i, m in enumerate(MODALITIES)}
+        cls = {m: by_modality[i, :, 0] for i, m in enumerate(MODALITIES)}
         assert self.inside is not None
-        reduced = self.inside(patches, guides)
-        left = torch.cat([torch.cat([guides[m][:, None], reduced.tokens[m]], 1) for m in MODALITIES])
+        reduced = self.inside(patches, self._present(cls, images))
+        left = torch.cat([torch.cat([cls[m][:, None], reduced.tokens[m]], 1) for m in MODALITIES])
         return tower.project(tower.run(left, self.inside_after, None)), reduced.masks
 
     def _present(self, guides: dict[str, Tensor], images: Mapping[str, Tensor]) -> dict[str, Tensor]:

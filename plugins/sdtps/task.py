@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from core.data import Stream, to_device
 from core.distributed import gather
 from core.metrics import reid
-from core.profile import token_reports
+from core.profile import TokenReport, token_reports
 from core.registry import register
 from core.task import DataCard, StepResult, Table, Task
 from plugins.sdtps.augmentation import EvalTransform, TrainTransform
+from plugins.sdtps.clip_vit import CameraEmbedding
 from plugins.sdtps.datasets import RGBNT201, Layout, Split, TriSpectralImages
 from plugins.sdtps.reid_losses import BatchHardTriplet, LabelSmoothedCrossEntropy
 from plugins.sdtps.reid_model import MODALITIES, TriModalReID, pattern
@@ -97,7 +98,7 @@ class ReID(Task):
         self.eval_batch, self.workers, self.cache = eval_batch, workers, cache
         self.backbone_lr, self.bias_lr_scale, self.sample_seed = backbone_lr, bias_lr_scale, sample_seed
         self.published = dict(published or {})
-        self.stages: dict[str, list[tuple[str, int]]] = {}
+        self.reports: dict[str, TokenReport] = {}
 
     # --- data
 
@@ -117,6 +118,14 @@ class ReID(Task):
             twin = self.sides.get("query")
             same = twin is not None and twin.split.records == split.records
             self.sides[name] = twin if same and twin else TriSpectralImages(self.data, split, self.eval_transform, cache=self.cache)
+        matched = reid.matched(self._labels(self.data.query), self._labels(self.data.gallery), junk=self.junk)
+        if not matched.any():
+            raise ValueError(
+                f"{root}: none of the {len(matched)} queries has a match that counts under ReID.junk = {self.junk!r}, so nothing could be "
+                f"measured after training: a match is a gallery image of the query's identity"
+                + (f" with another {self.junk}" if self.junk != "none" else "")
+                + f". The protocol of {type(self.data).__name__} is {self.data.junk!r}; `repro data check` looks for missing files"
+            )
         sample = sample or bool(self.data.sample)
         name = f"generated sample in the layout of {type(self.data).__name__}" if sample else type(self.data).__name__
         return DataCard(name, str(root), self.data.fingerprint(), sample, self.data.counts())
@@ -130,7 +139,24 @@ class ReID(Task):
     # --- model and losses
 
     def model(self) -> nn.Module:
-        return self.network(identities=len(self.data.train.identities), cameras=len(self.camera_index))
+        model = self.network(identities=len(self.data.train.identities), cameras=len(self.camera_index))
+        embedding = getattr(getattr(model, "backbone", None), "camera", None)
+        if isinstance(embedding, CameraEmbedding) and embedding.unseen == "error":
+            self._require_seen_cameras()
+        return model
+
+    def _require_seen_cameras(self) -> None:
+        """ValueError if a test image is of a camera without an embedding: found now, not by the first evaluation."""
+        for split in (self.data.query, self.data.gallery):
+            strange = [r for r in split.records if r.camera not in self.camera_index]
+            if strange:
+                first = self.data.camera_range[0]
+                seen = ", ".join(str(camera + first) for camera in self.camera_index)
+                raise ValueError(
+                    f"{strange[0].files[0]} ({split.name}) is of camera {strange[0].camera + first}, and training has only {seen}, so the tower "
+                    f"has no embedding for it ({len(strange)} of {len(split.records)} images). Train on images of that camera, take these out, "
+                    "or set sdtps.CLIPVisionTransformer.camera_unseen = 'zero' to go on without one"
+                )
 
     def parameter_rules(self) -> Sequence[tuple[str, Mapping[str, float]]]:
         rules: list[tuple[str, Mapping[str, float]]] = []
@@ -199,11 +225,12 @@ class ReID(Task):
         metrics = results[self.feature].metrics(RANKS)
         for which, result in results.items():
             metrics.update(result.metrics(RANKS, prefix=f"{which}/"))
-        return metrics
+        skipped = results[self.feature].skipped
+        return metrics | ({f"skipped[{self.junk}]": float(skipped)} if skipped else {})
 
     def conclude(self, model: nn.Module) -> dict[str, float]:
         """The six missing-modality conditions: query and gallery both without, nothing retrained."""
-        self.stages = {name: list(report.stages) for name, report in token_reports(model).items()}
+        self.reports = token_reports(model)
         metrics: dict[str, float] = {}
         for missing in MISSING:
             metrics.update(self._score(model, missing)[self.feature].metrics(RANKS, prefix=f"missing {'+'.join(missing)}/"))
@@ -226,6 +253,10 @@ class ReID(Task):
             if f"{k}/{names[0]}" in metrics
         ]
         note = f"Junk: gallery images of the query's identity and {self.junk} do not count." if self.junk != "none" else ""
+        skipped = int(metrics.get(f"skipped{tag}", 0))
+        if skipped:
+            queries = len(self.data.query.records)
+            note = f"{note} {skipped} of {queries} queries have no match left and are skipped: the figures are of the other {queries - skipped}.".strip()
         tables = [Table("re-identification, all three modalities", columns, rows, note)]
         if f"missing rgb/{names[0]}" in metrics:
             left = {m: "+".join(x for x in MODALITIES if x not in m) for m in MISSING}
@@ -234,8 +265,14 @@ class ReID(Task):
         return [*tables, *self._token_tables()]
 
     def _token_tables(self) -> list[Table]:
-        rows = [[stage, count, f"{count / stages[0][1]:.1%}"] for stages in self.stages.values() for stage, count in stages]
-        return [Table("tokens of a modality", ("stage", "tokens", "of patches"), rows)] if rows else []
+        rows, note = [], ""
+        for report in self.reports.values():
+            first = report.stages[0][1]
+            for number, (stage, count) in enumerate(report.stages):
+                rows.append([f"{stage} (masked)" if number and report.masked else stage, count, f"{count / first:.1%}"])
+            if report.masked:
+                note = "Masked: the other tokens are multiplied by a mask and still there; what follows reads every one."
+        return [Table("tokens of a modality", ("stage", "tokens", "of patches"), rows, note)] if rows else []
 
     def pictures(self, model: nn.Module, folder: Path) -> None:
         """`tokens.png`: kept patches bright, dropped ones dark, for a few test images in every spectrum."""
@@ -283,11 +320,12 @@ class ReID(Task):
     def unpruned(self, model: nn.Module) -> nn.Module | None:
         if getattr(model, "tokens", None) is None and getattr(model, "inside", None) is None:
             return None
+        plain: dict[str, Any] = {"tokens": None, "inside": None}
+        if isinstance(model, TriModalReID):  # without a token module these would have no effect, and that is an error
+            plain |= {"guide": "pife", "inside_after": 1, "masked_mean": True, "missing_guide": "keep"}
         if hasattr(self, "data"):
-            return self.network(
-                identities=len(self.data.train.identities), cameras=len(self.camera_index), tokens=None, inside=None
-            )
-        return self.network(identities=PUBLISHED_IDENTITIES, cameras=PUBLISHED_CAMERAS, tokens=None, inside=None)
+            return self.network(identities=len(self.data.train.identities), cameras=len(self.camera_index), **plain)
+        return self.network(identities=PUBLISHED_IDENTITIES, cameras=PUBLISHED_CAMERAS, **plain)
 
     def profile_inputs(self, batch: int = 1) -> tuple[Any, ...]:
         height, width = self.eval_transform.size

@@ -245,3 +245,10 @@ def test_golden(path):
     importlib.import_module("core.golden_cases")
     result = golden.compare(golden.read(path))
     assert result.passed, result.failures
+
+
+@given(problems())
+def test_labels_alone_say_which_queries_are_evaluated(problem):
+    distances, query, gallery, junk = problem[:4]
+    has_match = [f is not None for f in by_hand(distances, query, gallery, junk, 1)[1]]
+    assert reid.matched(query, gallery, junk=junk).tolist() == has_match

@@ -304,3 +304,38 @@ def test_mean_patch_guides_need_no_globals():
     for m in MODALITIES:
         assert_close(module(patches).tokens[m], expected.tokens[m])
         assert_close(module(patches, guides).tokens[m], expected.tokens[m])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("options", [{}, {"use_gumbel": True}, {"use_gumbel": True, "noisy_topk": True}, {"selection": "relaxed"}])
+@pytest.mark.parametrize("place", ["sparse.rgb", "sparse.tir.score_predictor", "aggregate.nir", "aggregate.nir.weight.2"])
+def test_a_hook_anywhere_fires_once_and_changes_no_number(place, options, fused):
+    torch.manual_seed(0)
+    module = MultiModalSDTPS(8, 12, sparse=functools.partial(TokenSparse, **options), fused=fused).train()
+    patches = {m: torch.randn(3, 12, 8, requires_grad=True) for m in module.modalities}
+    guides = {m: torch.randn(3, 8) for m in module.modalities}
+
+    def gradients():
+        torch.manual_seed(1)
+        tokens = module(patches, guides).tokens
+        return [*tokens.values(), *torch.autograd.grad(sum(t.sin().sum() for t in tokens.values()), list(patches.values()))]
+
+    plain, calls = gradients(), []
+    module.get_submodule(place).register_forward_hook(lambda *_: calls.append(place))
+    heard = gradients()
+    assert calls == [place]
+    for one, two in zip(plain, heard):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_selector_of_ones_own_is_called():
+    calls = []
+
+    class Counting(TokenSparse):
+        def forward(self, *given):
+            calls.append(len(given))
+            return super().forward(*given)
+
+    module = MultiModalSDTPS(8, 12, sparse=Counting)
+    module({m: torch.randn(2, 12, 8) for m in module.modalities}, {m: torch.randn(2, 8) for m in module.modalities})
+    assert len(calls) == 3

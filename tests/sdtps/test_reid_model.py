@@ -324,3 +324,48 @@ def test_selection_inside_the_tower_keeps_what_it_says_and_saves_compute():
     assert torch.equal(hidden[0], hidden[1])
     with pytest.raises(ValueError, match="inside_after must leave a block to run"):
         TriModalReID(5, 2, backbone=tower, inside=MultiModalSDTPS, inside_after=3)
+
+
+IN_TOWER = functools.partial(MultiModalSDTPS, aggregate=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"tokens": None, "missing_guide": "drop"}, "no token module takes a guide"),
+        ({"tokens": None, "masked_mean": False}, "there is no token module"),
+        ({"tokens": None, "guide": "cls"}, "there is no token module"),
+        ({"tokens": None, "inside_after": 0}, "there is no token module inside the tower"),
+        ({"inside_after": 0}, "there is no token module inside the tower"),
+        (
+            {"tokens": functools.partial(MultiModalSDTPS, guide="mean_patch"), "missing_guide": "drop"},
+            "no token module takes a guide",
+        ),
+        ({"tokens": functools.partial(MultiModalSDTPS, guide="mean_patch"), "guide": "cls"}, "the token module's own guide"),
+    ],
+)
+def test_an_option_that_could_not_take_effect_is_refused(options, why):
+    with pytest.raises(ValueError, match=f"would have no effect, because {why}"):
+        small(**options)
+
+
+def test_what_the_guide_is_matters_only_where_one_is_taken():
+    small(tokens=None, pife=False)
+    small(tokens=None, pife=False, guide="cls")
+    with pytest.raises(ValueError, match="set guide = 'cls'"):
+        small(pife=False)
+
+
+@torch.no_grad()
+def test_a_missing_modality_guides_the_selection_inside_the_tower_or_does_not():
+    x, cameras = images(), torch.zeros(6, dtype=torch.int64)
+    x["nir"] = torch.zeros_like(x["nir"])
+    seen = {}
+    for how in ("keep", "drop"):
+        torch.manual_seed(0)
+        model = small(tokens=None, inside=IN_TOWER, inside_after=1, missing_guide=how).eval()
+        model.inside.register_forward_pre_hook(lambda _, given, how=how: seen.__setitem__(how, given[1]))
+        model(x, cameras)
+    cls = seen["keep"]
+    torch.testing.assert_close(seen["drop"]["nir"], (cls["rgb"] + cls["tir"]) / 2)
+    assert all(torch.equal(seen["drop"][m], cls[m]) for m in ("rgb", "tir"))
