@@ -198,6 +198,11 @@ class StyleStatDomainEncoder(nn.Module):
             raise ValueError(f"kernel_size must be odd and at least 3, got {kernel_size}")
         if padding_mode not in ("zeros", "replicate"):
             raise ValueError(f"padding_mode must be 'zeros' (release) or 'replicate', got {padding_mode!r}")
+        if not use_gram_stats and (gram_rank, gram_out_dim) != (16, 64):
+            raise ValueError(
+                f"gram_rank = {gram_rank} and gram_out_dim = {gram_out_dim} would have no effect, because use_gram_stats = False; leave out "
+                "what is not (16, 64), or set use_gram_stats = True"
+            )
         self.dim = domain_dim
         self.filter_bank = FilterBank(
             kernel_size, use_dog=use_dog, use_gabor=use_gabor, trainable_gain=trainable_gain, padding_mode=padding_mode

@@ -37,7 +37,7 @@ def purification(case: Case) -> Replay:
     module = SemanticAnchorPurification(
         scale_mode="fixed_sqrt" if patch2 else "learned",
         detach_anchors="semantic" not in case.input_grads,
-        cap_mode="hard",
+        cap_mode="inward" if patch2 else "hard",
         row_max_shift=not patch2,
         **options(case, case.config),
     )

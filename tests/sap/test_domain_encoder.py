@@ -123,3 +123,10 @@ def test_bad_sizes_are_errors():
     with pytest.raises(ValueError, match="n_domains"):
         DomainClassifier(n_domains=1)
     assert math.isfinite(float(StyleStatDomainEncoder(kernel_size=5)(torch.randn(1, 3, 16, 16)).detach().sum()))
+
+
+@pytest.mark.parametrize("option", [{"gram_rank": 3}, {"gram_out_dim": 8}])
+def test_an_option_of_the_gram_part_is_refused_without_it(option):
+    with pytest.raises(ValueError, match="would have no effect, because use_gram_stats = False"):
+        StyleStatDomainEncoder(use_gram_stats=False, **option)
+    StyleStatDomainEncoder(**option)

@@ -229,3 +229,12 @@ def test_without_a_root_a_sample_is_made_and_said(tmp_path, monkeypatch):
 def test_bad_values_are_errors(options, said):
     with pytest.raises(ValueError, match=said):
         task("unused", **options)()
+
+
+def test_the_target_may_have_a_name_that_is_always_the_same(root, tmp_path):
+    work = task(root, target="photo", name_target=True)()
+    work.prepare(tmp_path)
+    model = work.model().eval()
+    with torch.inference_mode():
+        metrics = work.evaluate(model)
+    assert metrics["accuracy[target]"] == metrics["accuracy[photo]"]

@@ -174,3 +174,9 @@ def test_bad_values_are_errors(options):
         options = {"drop_rate": -0.1}
     with pytest.raises(ValueError, match=r"widths|mixstyle|drop rate"):
         IntrinsicEncoder(**{"widths": SMALL, **options})
+
+
+def test_how_styles_are_mixed_is_refused_where_none_is():
+    with pytest.raises(ValueError, match="mixstyle_detach = False would have no effect, because mixstyle = 0"):
+        IntrinsicEncoder((4, 4, 8, 8), mixstyle=0.0, mixstyle_detach=False)
+    IntrinsicEncoder((4, 4, 8, 8), mixstyle_detach=False)

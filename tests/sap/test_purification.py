@@ -360,3 +360,10 @@ def test_checkpoints_that_do_not_fit_say_what_is_wrong():
         load_release(SemanticAnchorPurification(16, 40, scale_mode="fixed_sqrt"), state)
     with pytest.raises(ValueError, match=r"W_q.0.bias: checkpoint \(40,\), module \(41,\)"):
         load_release(SemanticAnchorPurification(16, 41), state)
+
+
+@pytest.mark.parametrize("option", [{"scale_init": 10.0}, {"scale_max": 50.0}, {"cap_mode": "hard"}])
+def test_an_option_of_the_learned_scale_is_refused_without_one(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} = .* would have no effect.*'fixed_sqrt'"):
+        SemanticAnchorPurification(8, 12, scale_mode="fixed_sqrt", **option)
+    SemanticAnchorPurification(8, 12, **option)
