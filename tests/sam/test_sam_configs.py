@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ TEXTLESS = ("no_text", "control")
 wheel = pytest.mark.skipif(
     importlib.util.find_spec("wordllama") is None, reason="the wheel wordllama (extra: text) is not installed"
 )
+
+
+@pytest.fixture(scope="module")
+def root(sample, tmp_path_factory):
+    """A copy: vectors of the tags are cached below the data set."""
+    return shutil.copytree(sample, tmp_path_factory.mktemp("configs") / "NYU")
 
 
 class Built(Exception):
@@ -46,24 +53,24 @@ def composed(folder, *files):
 
 
 @pytest.mark.parametrize("file", [f if Path(f).stem in TEXTLESS else pytest.param(f, marks=wheel) for f in VARIANTS])
-def test_a_recipe_builds_and_leaves_no_binding_over(file, sample, tmp_path, monkeypatch):
-    found = build(file, sample, tmp_path / "run", monkeypatch)
+def test_a_recipe_builds_and_leaves_no_binding_over(file, root, tmp_path, monkeypatch):
+    found = build(file, root, tmp_path / "run", monkeypatch)
     assert found["unused"] == []
     assert (found["task"].guidance is None) == (Path(file).stem == "no_text")
 
 
 @wheel
 @pytest.mark.parametrize(("preset", "release"), itertools.product(PRESETS, (False, True)))
-def test_every_preset_goes_after_a_recipe_with_or_without_the_release_s_switches(preset, release, sample, tmp_path, monkeypatch):
+def test_every_preset_goes_after_a_recipe_with_or_without_the_release_s_switches(preset, release, root, tmp_path, monkeypatch):
     files = ["gin/sam_nyu.gin", f"gin/sam/presets/{preset}.gin", *(["gin/sam/release.gin"] if release else [])]
-    assert build(composed(tmp_path, *files), sample, tmp_path / "run", monkeypatch)["unused"] == []
+    assert build(composed(tmp_path, *files), root, tmp_path / "run", monkeypatch)["unused"] == []
 
 
 @pytest.mark.parametrize("base", ["sample", "fork/nyu_s"])
-def test_text_guidance_is_switched_off_by_one_include_in_the_place_of_the_text(base, sample, tmp_path, monkeypatch):
+def test_text_guidance_is_switched_off_by_one_include_in_the_place_of_the_text(base, root, tmp_path, monkeypatch):
     file = composed(tmp_path, f"gin/sam/{base}.gin", "gin/sam/no_text.gin")
     found = build(
-        file, sample, tmp_path / "run", monkeypatch, **({} if base == "sample" else {"PRETRAINED": None, "WORKERS": 0, "BATCH": 2})
+        file, root, tmp_path / "run", monkeypatch, **({} if base == "sample" else {"PRETRAINED": None, "WORKERS": 0, "BATCH": 2})
     )
     assert found["unused"] == []
     assert found["task"].guidance is None
