@@ -80,6 +80,14 @@ def test_every_target_is_a_macro_away(file, roots, tmp_path, monkeypatch):
             assert selected in found["task"].evaluate(found["model"])
 
 
+@pytest.mark.parametrize("part", PURIFICATIONS)
+def test_the_release_s_recipe_goes_on_every_purification(part, roots, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "pacs_mine.gin"
+    file.write_text(f"include 'gin/sap/pacs_base.gin'\ninclude '{part}'\ninclude 'gin/sap/release.gin'\n")
+    assert build(str(file), {"pacs": roots["pacs"], "emoji": roots["pacs"]}, tmp_path / "run", monkeypatch)["unused"] == []
+
+
 @pytest.mark.parametrize("base", ["emoji7_base", "pacs_base", "sample"])
 @pytest.mark.parametrize("part", PURIFICATIONS)
 def test_every_purification_goes_on_every_recipe(base, part, monkeypatch, tmp_path):
