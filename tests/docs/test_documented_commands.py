@@ -86,6 +86,7 @@ CHECKED_ON = {
     "rgbnt201": "rgbnt",
     "nyudepthv2": "rooms",
     "pacs": "pacs",
+    "emoji7-folder": "pacs",  # of another layout: a finding too
     "rgbnt-sample-files": "rgbnt",
     "prompted-scenes": "scenes",
 }
