@@ -1,7 +1,7 @@
 """Write docs/pareto.md and its picture: accuracy, compute and latency of tokens dropped or merged inside the tower.
 
-    python -m repro.sweep --gin gin/sdtps/pruned.gin --set trainer.train.threads=1 --grid KEEP=1.0,0.75,0.5,0.25 --grid SEED=0..1 --runs runs/pareto
-    python -m repro.sweep --gin token_merging:pruned.gin --set trainer.train.threads=1 --grid KEEP=0.75,0.5,0.25 --grid SEED=0..1 --runs runs/pareto
+    python -m repro.sweep --gin gin/sdtps/pruned.gin --set trainer.train.threads=1 --grid KEEP=1.0,0.75,0.5,0.25 --grid SEED=0..2 --runs runs/pareto
+    python -m repro.sweep --gin token_merging:pruned.gin --set trainer.train.threads=1 --grid KEEP=0.75,0.5,0.25 --grid SEED=0..2 --runs runs/pareto
     python docs/make_pareto.py runs/pareto
 
 Accuracy comes from the run folders. MACs are counted, and latency is measured here and now: all models in one process on one
