@@ -39,8 +39,8 @@ sample of three spectra. Latency: {batch} samples, one thread of {device}, media
 
 ![mAP against GMACs and against latency](pareto.png)
 
-How to read it: latency follows the counted MACs, so compute really falls, and both ways of shortening fall alike. Selection and merging are told
-apart only where their bars do not overlap; two seeds tell little, and a person's identity in this sample is spread over the whole body.
+How to read it: latency falls with the counted MACs, not quite in proportion, so compute really falls, and both ways of shortening fall alike. Selection and merging are told
+apart only where their bars do not overlap; three seeds tell little, and a person's identity in this sample is spread over the whole body.
 
 | tokens | kept share | tokens in blocks 2 to 4 | mAP (camera) | GMACs | of all | latency (ms) | of all |
 |---|---|---|---|---|---|---|---|

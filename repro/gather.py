@@ -66,7 +66,7 @@ class Run:
         found = str(self.info.get("config", "?"))
         parts = Path(found).parts
         if parts[-2:-1] == ("base",) and parts[-4:-3] == ("sweeps",):
-            asked = (r["gin"] for r in _sweep(self.path.parent / "sweeps" / parts[-3] / "sweep.json").get("runs", ()))
+            asked = (r["gin"] for r in _sweep(self.path.parent / "sweeps" / parts[-3] / "sweep.json"))
             return next((gin for gin in asked if _stem(gin) == parts[-1].removesuffix(".gin")), found)
         return found
 
@@ -174,8 +174,10 @@ def _stem(gin: str) -> str:
 
 
 @cache
-def _sweep(path: Path) -> dict[str, Any]:
-    return record.read_json(path)
+def _sweep(path: Path) -> list[dict[str, Any]]:
+    """The runs of a sweep's plan, those that say all that is asked of them here."""
+    found = _shaped(record.read_json(path), {"runs": [{"name": str, "gin": str, "cells": [list]}]})
+    return [r for r in found.get("runs", []) if {"name", "gin", "cells"} <= r.keys()]
 
 
 def labels(runs: Iterable[Run]) -> dict[Path, str]:
@@ -186,7 +188,7 @@ def labels(runs: Iterable[Run]) -> dict[Path, str]:
     found: dict[Path, str] = {}
     for parent in dict.fromkeys(run.path.resolve().parent for run in runs):
         for path in sorted(parent.glob("sweeps/*/sweep.json")):
-            for run in _sweep(path).get("runs", ()):
+            for run in _sweep(path):
                 cells = [value if name == "preset" else f"{name} = {value}" for name, value in run["cells"] if name != "SEED"]
                 found[parent / run["name"]] = ", ".join(cells) or _stem(run["gin"])
     return found

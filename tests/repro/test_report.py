@@ -128,6 +128,17 @@ def test_settings_are_named_and_ordered_as_the_sweep_has_them(tmp_path):
     assert "half" in report.markdown(report.build(runs), "t")
 
 
+def test_a_plan_of_another_form_names_nothing_and_breaks_nothing(tmp_path):
+    base = planned(tmp_path, "gin/x.gin", {"a": [["preset", "one"]]})
+    plan = tmp_path / "sweeps" / "s" / "sweep.json"
+    plan.write_text(json.dumps({"runs": [{"name": "a", "cells": None}, {"name": "b", "gin": 3, "cells": []}, 4]}))
+    for name, ratio in (("a", 0.3), ("b", 0.5)):
+        make(tmp_path, name, effective(ratio, 0), {"m": 1.0}, config=str(base))
+    runs = gather.collect([str(tmp_path)])
+    assert [g.label for g in gather.settings(runs)] == ["sparse_ratio = 0.3", "sparse_ratio = 0.5"]
+    assert {r.config for r in runs} == {str(base)}
+
+
 def test_a_name_that_two_settings_share_names_neither(tmp_path):
     root = tmp_path / "runs"
     planned(root, "gin/x.gin", {"a": [["preset", "same"]], "b": [["preset", "same"]]})
