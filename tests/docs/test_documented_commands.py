@@ -665,8 +665,9 @@ def project_extras():
 
 @pytest.mark.parametrize("said", documented(), ids=str)
 def test_documented_command(said, place):
-    rules = Rules(place, said)
-    for words in split(said.text):
+    rules, commands = Rules(place, said), split(said.text)
+    assert commands, f"{said}: nothing in it is a command"
+    for words in commands:
         rules.carry_out(words)
 
 

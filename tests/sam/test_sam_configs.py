@@ -5,10 +5,10 @@ import itertools
 import shutil
 from pathlib import Path
 
+import building
 import pytest
 
 from core import config as configs
-from core import record
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = ["gin/sam_nyu.gin", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "gin/sam/variants").glob("*.gin"))]
@@ -27,24 +27,11 @@ def root(sample, tmp_path_factory):
     return shutil.copytree(sample, tmp_path_factory.mktemp("configs") / "NYU")
 
 
-class Built(Exception):
-    pass
-
-
 def build(file, root, folder, monkeypatch, **settings):
     monkeypatch.chdir(ROOT)
     settings = {"ROOT": str(root), "DEVICE": "cpu", **settings}
     config = configs.read(str(file), [f"{k}={v}" for k, v in settings.items()])
-    configs.apply(config)
-    found = {}
-
-    def on_built(task, model):
-        found.update(task=task, model=model, unused=configs.unused(config))
-        raise Built
-
-    with record.RunFolder(folder, chatty=False) as run, pytest.raises(Built):
-        configs.configured(configs.TRAIN)(run, on_built)
-    return found
+    return building.build(config, folder)
 
 
 def composed(folder, *files):

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+import building
 import pytest
 import torch
 from test_sap_datasets import emoji_folder
 from tiny import images
 
 from core import config as configs
-from core import record
 
 ROOT = Path(__file__).parents[2]
 # Requests of sweeps are no configs; tests/docs plans them as documented.
@@ -18,10 +18,6 @@ WHOLE = {"gin/sap_pacs.gin", "gin/sap/emoji7.gin", "gin/sap/sample_off.gin"}
 WHOLE |= {f"gin/sap/{name}.gin" for name in ("pacs", "pacs_off", "pacs_release", "pacs_patch2_release")}
 RUNNABLE = sorted(WHOLE | {f for f in FILES if f.startswith("gin/sap/variants/")})
 PURIFICATIONS = sorted(f for f in FILES if f.startswith("gin/sap/purification/"))
-
-
-class Built(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +31,7 @@ def build(file, roots, folder, monkeypatch, **overrides):
     root = roots["emoji" if "emoji7" in file or "variants" in file else "pacs"]
     settings = {"ROOT": str(root), "K_SHOT": 1, "N_QUERY": 1, "DEVICE": "cpu", **overrides}
     config = configs.read(file, [f"{k}={v}" for k, v in settings.items()])
-    configs.apply(config)
-    found = {}
-
-    def on_built(task, model):
-        found.update(task=task, model=model, unused=configs.unused(config))
-        raise Built
-
-    with record.RunFolder(folder, chatty=False) as run, pytest.raises(Built):
-        configs.configured(configs.TRAIN)(run, on_built)
-    return found
+    return building.build(config, folder)
 
 
 @pytest.mark.parametrize("file", RUNNABLE)

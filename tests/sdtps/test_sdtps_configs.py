@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import building
 import pytest
 from sdtps.published_layouts import write_msvr310, write_rgbnt100, write_rgbnt201
 
-from core import claims, record
+from core import claims
 from core import config as configs
 
 ROOT = Path(__file__).parents[2]
@@ -14,10 +15,6 @@ REAL = {"rgbnt201": write_rgbnt201, "rgbnt100": write_rgbnt100, "msvr310": write
 TOKENS = [f for f in FILES if f.startswith("gin/sdtps/tokens")]
 RUNNABLE = [f for f in FILES if "/variants/" in f or (Path(f).stem.startswith(tuple(REAL)) and not f.endswith("_base.gin"))]
 TINY = {"width": 16, "heads": 2, "layers": 2, "output_dim": 8}
-
-
-class Built(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +30,7 @@ def build(file, roots, folder, monkeypatch):
     settings |= {f"sdtps.CLIPVisionTransformer.{k}": v for k, v in TINY.items() if name or k in ("width", "heads")}
     settings |= {"WEIGHTS": "None"} if name else {}
     config = configs.read(file, [f"{k}={v}" for k, v in settings.items()])
-    configs.apply(config)
-    found = {}
-
-    def on_built(task, model):
-        found.update(task=task, model=model, unused=configs.unused(config))
-        raise Built
-
-    with record.RunFolder(folder, chatty=False) as run, pytest.raises(Built):
-        configs.configured(configs.TRAIN)(run, on_built)
-    return found
+    return building.build(config, folder)
 
 
 @pytest.mark.parametrize("file", RUNNABLE)
