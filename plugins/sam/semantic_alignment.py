@@ -14,9 +14,7 @@ A text token that is all zeros is padding. Axes: b batch, h height, w width, n =
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -26,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from core.layers import FeedForward
+from core.options import require_idle
 from core.registry import register
 
 Side = Literal["decoder", "encoder"]
@@ -49,16 +48,6 @@ class _Bounded(torch.autograd.Function):
         (value,) = ctx.saved_tensors
         outward = ((value >= ctx.limit) & (grad < 0)) | ((value <= -ctx.limit) & (grad > 0))
         return grad.masked_fill(outward, 0.0), None
-
-
-def _require_idle(values: Mapping[str, Any], why: str) -> None:
-    """ValueError if one of `values` (by parameter of SemanticAlignment) differs from its default, because `why` it is unused."""
-    parameters = inspect.signature(SemanticAlignment).parameters
-    changed = [f"{name} = {value!r}" for name, value in values.items() if value != parameters[name].default]
-    if changed:
-        raise ValueError(
-            f"SemanticAlignment: {', '.join(changed)} would have no effect, because {why}; leave it out or change that"
-        )
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -190,17 +179,17 @@ class SemanticAlignment(nn.Module):
         # An option that cannot take effect is an error. The two sides of a model are built from one set of options, so that
         # what concerns either counts; and the release's bound is one of the switches of gin/sam/release.gin, for every preset.
         if clamp_policy == "none":
-            _require_idle({"clamp_logit": clamp_logit}, "clamp_policy = 'none' has no bound")
+            require_idle(SemanticAlignment, {"clamp_logit": clamp_logit}, "clamp_policy = 'none' has no bound")
         if not (decoder_learnable_temp or encoder_learnable_temp or temp_param == "init_as_log") and (
             (clamp_policy, clamp_logit) != RELEASED_BOUND
         ):
             bound = {"clamp_policy": clamp_policy, "clamp_logit": clamp_logit}
-            _require_idle(bound, "both temperatures are fixed, and only a learnable one is bounded")
+            require_idle(SemanticAlignment, bound, "both temperatures are fixed, and only a learnable one is bounded")
         if not (decoder_use_cosine or encoder_use_cosine):
             cosine = {"cosine_norm_scope": cosine_norm_scope, "cosine_sqrt_dk": cosine_sqrt_dk}
-            _require_idle(cosine, "neither side uses cosine")
+            require_idle(SemanticAlignment, cosine, "neither side uses cosine")
         if not add_residual and missing_text != "upstream":
-            _require_idle({"residual_source": residual_source}, "add_residual = False leaves no residual")
+            require_idle(SemanticAlignment, {"residual_source": residual_source}, "add_residual = False leaves no residual")
 
         self.dim, self.text_dim, self.heads, self.side, self.top_m = dim, text_dim, heads, side, top_m
         self.use_cosine = {"decoder": decoder_use_cosine, "encoder": encoder_use_cosine}

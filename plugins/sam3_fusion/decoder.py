@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from core.layers import Attention, Heads
+from core.options import require_idle
 from core.registry import register
 from plugins.sam3_fusion.boxes import corners, logit
 from plugins.sam3_fusion.feed_forward import Activation, BlockwiseFeedForward, Mlp, autocasting, inference
@@ -262,12 +263,12 @@ class QueryDecoder(nn.Module):
             raise ValueError(f"anchor_start must be 'normal' or 'grid', got {anchor_start!r}")
         if bias_start not in ("xavier", "local"):
             raise ValueError(f"bias_start must be 'xavier' or 'local', got {bias_start!r}")
-        if bias_start == "local" and box_bias == "none":
-            raise ValueError("bias_start='local' has no effect with box_bias='none'; leave it at 'xavier'")
+        if box_bias == "none":
+            require_idle(QueryDecoder, {"bias_start": bias_start}, "box_bias = 'none'")
         if presence_clamp not in ("none", "hard"):
             raise ValueError(f"presence_clamp must be 'none' or 'hard', got {presence_clamp!r}")
-        if presence_clamp == "hard" and not presence:
-            raise ValueError("presence_clamp='hard' has no effect with presence=False; leave it at 'none'")
+        if not presence:
+            require_idle(QueryDecoder, {"presence_clamp": presence_clamp}, "presence = False")
         self.dim, self.one_to_many, self.recompute = dim, one_to_many, recompute
         self.blocks = nn.ModuleList(DecoderBlock(dim, heads, hidden, dropout, activation, prompt_attention) for _ in range(layers))
         self.out_norm = nn.LayerNorm(dim)

@@ -16,6 +16,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from core.options import require_idle
 from core.registry import register
 from plugins.sap.intrinsic_encoder import LUMA, pad_and_correlate
 from plugins.sap.precision import full_precision
@@ -198,11 +199,8 @@ class StyleStatDomainEncoder(nn.Module):
             raise ValueError(f"kernel_size must be odd and at least 3, got {kernel_size}")
         if padding_mode not in ("zeros", "replicate"):
             raise ValueError(f"padding_mode must be 'zeros' (release) or 'replicate', got {padding_mode!r}")
-        if not use_gram_stats and (gram_rank, gram_out_dim) != (16, 64):
-            raise ValueError(
-                f"gram_rank = {gram_rank} and gram_out_dim = {gram_out_dim} would have no effect, because use_gram_stats = False; leave out "
-                "what is not (16, 64), or set use_gram_stats = True"
-            )
+        if not use_gram_stats:
+            require_idle(StyleStatDomainEncoder, {"gram_rank": gram_rank, "gram_out_dim": gram_out_dim}, "use_gram_stats = False")
         self.dim = domain_dim
         self.filter_bank = FilterBank(
             kernel_size, use_dog=use_dog, use_gabor=use_gabor, trainable_gain=trainable_gain, padding_mode=padding_mode

@@ -17,6 +17,7 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from core.options import require_idle
 from core.registry import register
 from plugins.sap.precision import full_precision
 
@@ -220,10 +221,8 @@ class IntrinsicEncoder(nn.Module):
             raise ValueError(f"padding_mode must be 'zeros' (release) or 'replicate', got {padding_mode!r}")
         if not 0 <= mixstyle <= 1:
             raise ValueError(f"mixstyle must be in [0, 1], got {mixstyle}")
-        if mixstyle == 0 and not mixstyle_detach:
-            raise ValueError(
-                "mixstyle_detach = False would have no effect, because mixstyle = 0 mixes nothing; leave it out or mix"
-            )
+        if mixstyle == 0:
+            require_idle(IntrinsicEncoder, {"mixstyle_detach": mixstyle_detach}, "mixstyle = 0 mixes nothing")
         self.dim = widths[3]
         self.sobel = SobelEdges(padding_mode)
         self.stem_conv = nn.Sequential(

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from core.options import require_idle
 from core.registry import register
 from plugins.sap.precision import full_precision
 from plugins.sap.prototype_head import class_means
@@ -150,13 +151,9 @@ class SemanticAnchorPurification(nn.Module):
             raise ValueError(f"scale_mode must be 'learned' (Patch 3) or 'fixed_sqrt' (Patch 2), got {scale_mode!r}")
         if cap_mode not in ("inward", "hard", "soft"):
             raise ValueError(f"cap_mode must be 'inward', 'hard' (release) or 'soft', got {cap_mode!r}")
-        learned = {"scale_init": (scale_init, 25.0), "scale_max": (scale_max, 100.0), "cap_mode": (cap_mode, "inward")}
-        idle = [f"{name} = {value!r}" for name, (value, default) in learned.items() if value != default]
-        if scale_mode == "fixed_sqrt" and idle:
-            raise ValueError(
-                f"{', '.join(idle)} would have no effect, because scale_mode = 'fixed_sqrt' has no learned scale and no cap; leave it out, or "
-                "set scale_mode = 'learned'"
-            )
+        if scale_mode == "fixed_sqrt":
+            learned = {"scale_init": scale_init, "scale_max": scale_max, "cap_mode": cap_mode}
+            require_idle(SemanticAnchorPurification, learned, "scale_mode = 'fixed_sqrt' has no learned scale and no cap")
         if not 0 < scale_init <= scale_max:
             raise ValueError(
                 f"scale_init must be in (0, scale_max = {scale_max}], got {scale_init}; raise scale_max or start lower"

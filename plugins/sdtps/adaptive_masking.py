@@ -21,18 +21,10 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from core.options import require_choice, require_fraction, require_idle
 from core.registry import register
 from plugins.sdtps.multimodal import Enhanced, check_inputs
-from plugins.sdtps.token_sparse import (
-    Rounding,
-    attention_maps,
-    gumbel_noise,
-    normalise,
-    require_choice,
-    require_fraction,
-    require_idle,
-    token_count,
-)
+from plugins.sdtps.token_sparse import Rounding, attention_maps, gumbel_noise, normalise, token_count
 
 
 class GuideAttention(nn.Module):

@@ -19,11 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from core.options import require_choice
 from core.profile import TokenReport
 from core.registry import register
 from plugins.sdtps.fused import CosineMaps, SelectAndAggregate, Settings, fusable, listened
 from plugins.sdtps.token_aggregation import TokenAggregation
-from plugins.sdtps.token_sparse import Selection, Similarity, TokenSparse, attention_maps, require_choice, select
+from plugins.sdtps.token_sparse import Selection, Similarity, TokenSparse, attention_maps, select
 
 
 @dataclasses.dataclass(frozen=True)

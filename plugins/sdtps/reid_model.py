@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from core.distributed import gather
 from core.layers import QuickGELU
+from core.options import require_idle
 from core.registry import register
 from plugins.sdtps import clip_vit, multimodal
 from plugins.sdtps.adaptive_masking import AdaptiveMaskingKeys
 from plugins.sdtps.clip_vit import CLIPVisionTransformer
 from plugins.sdtps.multimodal import MultiModalSDTPS
-from plugins.sdtps.token_sparse import require_idle
 
 MODALITIES = ("rgb", "nir", "tir")
 

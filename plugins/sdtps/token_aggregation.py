@@ -17,8 +17,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from core.options import require_choice, require_fraction, require_idle
 from core.registry import register
-from plugins.sdtps.token_sparse import Rounding, require_choice, require_fraction, require_idle, token_count
+from plugins.sdtps.token_sparse import Rounding, token_count
 
 
 @register("module", paper="SEPS, sec. 3", equations="eq. 4")

@@ -19,11 +19,10 @@ Two things a reader should know before changing an option (measured figures: REA
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 from einops import rearrange, repeat
@@ -31,6 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from core.options import require_choice, require_fraction, require_idle
 from core.registry import register
 
 Rounding = Literal["ceil", "floor", "exact_ceil", "exact_floor"]
@@ -40,26 +40,6 @@ Suppression = Literal["hard", "soft"]
 
 
 # --- options --------------------------------------------------------------------------------------------------------
-
-
-def require_choice(name: str, value: str, choices: Any) -> None:
-    """ValueError unless `value` is one of a Literal's choices."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {value!r}")
-
-
-def require_fraction(name: str, value: float) -> None:
-    """ValueError unless `value` is in (0, 1]."""
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {value}")
-
-
-def require_idle(cls: type, values: Mapping[str, Any], why: str) -> None:
-    """ValueError if one of `values` (by constructor parameter name) differs from its default, because `why` it is unused."""
-    parameters = inspect.signature(cls).parameters
-    changed = [f"{name} = {value!r}" for name, value in values.items() if value != parameters[name].default]
-    if changed:
-        raise ValueError(f"{cls.__name__}: {', '.join(changed)} would have no effect, because {why}; leave it out or change that")
 
 
 def token_count(tokens: int, *ratios: float, rounding: Rounding) -> int:

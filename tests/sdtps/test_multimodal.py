@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from core.options import require_choice
 from plugins.sdtps.multimodal import MultiModalSDTPS, ReferenceKeys
 from plugins.sdtps.token_aggregation import TokenAggregation
-from plugins.sdtps.token_sparse import TokenSparse, attention_maps, require_choice
+from plugins.sdtps.token_sparse import TokenSparse, attention_maps
 
 MODALITIES = ("rgb", "nir", "tir")
 B, N, C = 2, 20, 32
