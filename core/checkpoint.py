@@ -317,7 +317,7 @@ def load_model(
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a foreign weight file (.safetensors, or .pt/.pth/.bin read with `weights_only=True`).
 
-    A wrapping dict under `state_dict`, `model` or `module` is opened.
+    Wrapping dicts under `state_dict`, `model` or `module` are opened, however many there are and in whatever order.
 
     Raises:
         CheckpointError: if the file is missing, of another kind, or would need to run code to be read.
@@ -335,9 +335,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} is not a weight file that can be read without running code in it (.safetensors, or a .pt, .pth or .bin of tensors); "
             f"{type(error).__name__}"
         ) from error
-    for wrapper in ("state_dict", "model", "module"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
+    while isinstance(loaded, dict):
+        inner = next((loaded[w] for w in ("state_dict", "model", "module") if isinstance(loaded.get(w), dict)), None)
+        if inner is None:
+            break
+        loaded = inner
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, want a state dict")
     return {k: v for k, v in loaded.items() if isinstance(v, Tensor)}

@@ -118,6 +118,9 @@ class Task:
     def pictures(self, model: nn.Module, folder: Path) -> None:
         """Write pictures of what the model does (PNG, deterministic names) into `folder`."""
 
+    def leave(self, model: nn.Module, folder: Path) -> None:
+        """Write into `folder`, the run's own, what else a finished run leaves behind: weights for use elsewhere, say."""
+
     def profile_inputs(self, batch: int = 1) -> tuple[Any, ...]:
         """Positional inputs of `model()` at the configured size, for the FLOP profile.
 

@@ -152,13 +152,14 @@ def _passports(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _extras(run: record.RunFolder, task: Any, model: Any, args: argparse.Namespace) -> None:
-    """Pictures and profile. What fails here is said and does not undo a finished training."""
+    """Pictures, files of the task's own, profile. What fails here is said and does not undo a finished training."""
     pictures = run.path / "pictures"
     pictures.mkdir(exist_ok=True)
-    try:
-        task.pictures(model, pictures)
-    except Exception as error:
-        run.log(f"WARNING: pictures: {type(error).__name__}: {error}")
+    for what, write, folder in (("pictures", task.pictures, pictures), ("files of the task", task.leave, run.path)):
+        try:
+            write(model, folder)
+        except Exception as error:
+            run.log(f"WARNING: {what}: {type(error).__name__}: {error}")
     if not any(pictures.iterdir()):
         pictures.rmdir()
     if args.no_profile:

@@ -228,11 +228,5 @@ def load_pretrained_backbone(model: nn.Module, path: Path) -> LoadReport:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, unwrapped as the release does (`model`, then `state_dict`), without data-parallel prefixes."""
-    state = read_weights(path)
-    if not state and path.suffix != ".safetensors":  # it opens the two in the other order
-        held = torch.load(path, map_location="cpu", weights_only=True)
-        for wrapper in ("model", "state_dict"):
-            held = held.get(wrapper, held) if isinstance(held, dict) else {}
-        state = {k: v for k, v in held.items() if isinstance(v, Tensor)} if isinstance(held, dict) else {}
-    return {k.removeprefix("module."): v for k, v in state.items()}
+    """The tensors of a file, without data-parallel prefixes."""
+    return {k.removeprefix("module."): v for k, v in read_weights(path).items()}

@@ -221,7 +221,7 @@ class PresenceStudy(Task):
         return Pupils(teacher, {c: self.student(channels=teacher.trunk.channels) for c in CONDITIONS})
 
     def blueprint(self) -> PromptedDetector:
-        """A student as it is used: what the weight files of `write_repaired` load into."""
+        """A student as it is used: what the weight files of `leave` load into."""
         made = self.detection.blueprint()
         assert isinstance(made, PromptedDetector)
         made.trunk = self.student(channels=made.trunk.channels)
@@ -541,17 +541,16 @@ class PresenceStudy(Task):
         return tables or super().tables(metrics)
 
     def pictures(self, model: nn.Module, folder: Path) -> None:
-        """`presence.png`: presence logits of test pairs, each student's against the teacher's. And the repaired students beside it."""
+        """`presence.png`: presence logits of test pairs, each student's against the teacher's."""
         assert isinstance(model, Pupils)
         training = model.training
         model.eval()
         said = {c: self.read(model.student(c), self.test) for c in CONDITIONS}
         scatter(self.read(model.teacher, self.test), said).save(folder / "presence.png")
-        self.write_repaired(model, folder.parent / "repaired")
         model.train(training)
 
-    def write_repaired(self, model: nn.Module, folder: Path) -> None:
-        """Every student that has a fix in its weights as a file, `<condition>-<fix>.safetensors`, and `index.json` about them.
+    def leave(self, model: nn.Module, folder: Path) -> None:
+        """`repaired/`: every student that has a fix in its weights, `<condition>-<fix>.safetensors`, and `index.json` about them.
 
         Keys and shapes are those of a student without a fix (`blueprint`), so a file loads wherever the student does, and costs
         what it costs. Each is read back and asked all test pairs before it is listed: the index holds what the file gives, next
@@ -560,8 +559,11 @@ class PresenceStudy(Task):
         Raises:
             FloatingPointError: if a file's presence logits are not those the table's row was made of.
         """
+        training = model.training
+        model.eval()
         if not self.repaired:  # resumed after the last step; every fix can be made again
             self.conclude(model)
+        folder = folder / "repaired"
         folder.mkdir(parents=True, exist_ok=True)
         normal = {"mean": self.test.mean, "std": self.test.std}
         listed = []
@@ -587,6 +589,7 @@ class PresenceStudy(Task):
         record.write_json(
             folder / "index.json", {"recommended": {c: recommended(self.found, c)[0] for c in CONDITIONS}, "files": listed}
         )
+        model.train(training)
 
 
 def answer(model: PromptedDetector, batch: Mapping[str, Any]) -> tuple[Detected, Float[Tensor, "p n d"]]:

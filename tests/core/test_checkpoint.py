@@ -194,8 +194,17 @@ def test_reading_weights_runs_no_code(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="without running code"):
         checkpoint.read_weights(tmp_path / "evil.pt")
     assert not (tmp_path / "executed").exists()
-    torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "good.pt")
-    assert torch.equal(checkpoint.read_weights(tmp_path / "good.pt")["a"], torch.ones(2))
+    weights = {"a": torch.ones(2), "model": torch.zeros(1)}
+    for held in (
+        {"state_dict": weights},
+        {"model": {"state_dict": weights}},
+        {"state_dict": {"model": weights}, "epoch": 3},
+        weights,
+    ):
+        torch.save(held, tmp_path / "good.pt")
+        read = checkpoint.read_weights(tmp_path / "good.pt")
+        assert read.keys() == weights.keys()
+        assert torch.equal(read["a"], torch.ones(2))
 
 
 def test_strict_loading_reports_every_kind_of_misfit():

@@ -63,6 +63,25 @@ def test_the_main_job_ends_with_its_tables_and_a_complete_folder(main_job, tmp_p
     assert record.status(tmp_path / "a").state == "finished"
 
 
+def test_a_task_leaves_files_of_its_own_even_if_its_pictures_fail(main_job, tmp_path):
+    def there():
+        from plugins.sdtps.task import ReID
+
+        def pictures(self, model, folder):
+            raise OSError("no paint")
+
+        def leave(self, model, folder):
+            (folder / "left.txt").write_text(type(model).__name__)
+
+        ReID.pictures, ReID.leave = pictures, leave
+
+    done = main_job("a", before=there)
+    assert done.status == 0, done.err
+    assert "WARNING: pictures: OSError: no paint" in done.out
+    assert (tmp_path / "a" / "left.txt").read_text() == "TriModalReID"
+    assert not (tmp_path / "a" / "pictures").exists()
+
+
 def test_a_finished_run_is_found_and_not_repeated(main_job, tmp_path):
     main_job("a")
     before = (tmp_path / "a" / "timing.jsonl").read_text()

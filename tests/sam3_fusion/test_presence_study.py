@@ -214,10 +214,8 @@ def test_matched_features_have_the_teachers_moments_at_no_cost(finished):
 
 def test_the_picture_shows_every_pair_where_it_belongs(finished, tmp_path):
     task, net, _, _ = finished
-    (tmp_path / "pictures").mkdir()
-    task.pictures(net, tmp_path / "pictures")
-    assert (tmp_path / "repaired/index.json").is_file()
-    assert (tmp_path / "pictures/presence.png").stat().st_size > 1000
+    task.pictures(net, tmp_path)
+    assert (tmp_path / "presence.png").stat().st_size > 1000
     boxes = np.zeros((1, 1, 4))
     one = Reading(boxes, np.zeros((1, 1)), np.array([6.0]), [np.zeros((1, 4))], np.array(["present"]))
     sheet = np.asarray(scatter(one, {"a": one.moved(1.0, -12.0)}, side=240, limit=12.0))
@@ -304,7 +302,8 @@ def test_the_few_pairs_are_those_of_the_reading(finished):
 
 def test_every_foldable_fix_is_a_weight_file_that_gives_its_row(finished, tmp_path, monkeypatch):
     task, net, metrics, _ = finished
-    task.write_repaired(net.eval(), tmp_path)
+    task.leave(net.eval(), tmp_path)
+    tmp_path = tmp_path / "repaired"
     index = json.loads((tmp_path / "index.json").read_text())
     listed = {(f["condition"], f["fix"]) for f in index["files"]}
     assert listed == {(c, f) for c in CONDITIONS for f in set(FIXES) - {"none", "skip"} if f != "input" or c == "mismatched"}
@@ -330,7 +329,7 @@ def test_every_foldable_fix_is_a_weight_file_that_gives_its_row(finished, tmp_pa
     wrong = dataclasses.replace(task.repaired["matched", "platt"], student=net.student("matched"))
     monkeypatch.setitem(task.repaired, ("matched", "platt"), wrong)
     with pytest.raises(FloatingPointError, match=r"matched-platt\.safetensors: presence logits differ"):
-        task.write_repaired(net, tmp_path / "wrong")
+        task.leave(net, tmp_path / "wrong")
 
 
 def test_repaired_students_are_made_again_where_a_run_was_resumed_after_its_last_step(finished, tmp_path):
@@ -340,12 +339,12 @@ def test_repaired_students_are_made_again_where_a_run_was_resumed_after_its_last
     )  # fmt: skip
     again.load_state(task.state())
     again.prepare(task.workspace)
-    again.write_repaired(net, tmp_path)
+    again.leave(net, tmp_path / "again")
     for condition, fix in (("matched", "platt"), ("mismatched", "presence"), ("mismatched", "features_moment")):
         name = f"{condition}-{fix}.safetensors"
         ours = task.repaired[condition, fix].student.state_dict()
-        assert all(torch.equal(v, ours[k]) for k, v in read_weights(tmp_path / name).items()), name
-    task.write_repaired(net, tmp_path / "first")
-    for path in (tmp_path / "first").iterdir():
-        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+        assert all(torch.equal(v, ours[k]) for k, v in read_weights(tmp_path / "again/repaired" / name).items()), name
+    task.leave(net, tmp_path / "first")
+    for path in (tmp_path / "first/repaired").iterdir():
+        assert path.read_bytes() == (tmp_path / "again/repaired" / path.name).read_bytes(), path.name
     assert again.found.keys() == {k for k in metrics if "/" in k}
