@@ -15,8 +15,10 @@ import ast
 import dataclasses
 import functools
 import hashlib
+import inspect
 import re
 import tokenize
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -717,13 +719,74 @@ def apply(config: Config) -> None:
 
     Raises:
         registry.PluginError: if a plugin that this config names does not import.
+        ConfigError: if a component is given where another kind of object is wanted.
     """
     import gin
 
     for name in config.components():
         registry.load_component(name)
+    problems = _check_references(config)
+    if problems:
+        raise ConfigError(problems)
     gin.clear_config()
     gin.parse_config(config.text())
+
+
+def _check_references(config: Config) -> list[str]:
+    """References to components that do not make what the parameter is annotated with: decidable once both are imported."""
+    known = registry.registered()
+    problems = []
+    for binding in config.bindings.values():
+        value = config.resolve(binding.value)
+        if binding.is_macro or not isinstance(value, Reference):
+            continue
+        owner = known[binding.selector].cls
+        wanted = _wanted(owner, binding.argument)
+        if _makes(known[value.name].cls, wanted):
+            continue
+        default = inspect.signature(owner).parameters[binding.argument].default
+        kinds = {r.kind for r in known.values() if r.cls is default} or {r.kind for r in known.values()}
+        plugins = {"core", *config.plugins()}
+        fitting = sorted(
+            name
+            for name, r in known.items()
+            if r.kind in kinds and _makes(r.cls, wanted, certainly=True) and registry.find(name).plugin in plugins
+        )
+        problems.append(
+            f"{binding.source}: {binding.key} = {value}: {binding.argument} takes a component that makes {wanted.__name__}, and {value.name} "
+            f"is of kind {known[value.name].kind}; {'it may be ' + ', '.join(fitting) if fitting else 'nothing in use does'}"
+        )
+    return problems
+
+
+def _wanted(owner: Callable[..., Any], argument: str) -> Any:
+    """What a constructor given for `argument` has to return, by its annotation; None where that says nothing."""
+    try:
+        hints = typing.get_type_hints(owner.__init__) if inspect.isclass(owner) else typing.get_type_hints(owner)  # type: ignore[misc]
+    except (NameError, TypeError):  # a name that is imported for type checkers alone
+        return None
+    annotation = hints.get(argument)
+    for part in [annotation, *typing.get_args(annotation)]:
+        if typing.get_origin(part) is Callable:
+            made = typing.get_args(part)[-1]
+            if typing.get_origin(made) is Callable:
+                return Callable
+            decidable = isinstance(made, type) and made not in (Any, type(None)) and not getattr(made, "_is_protocol", False)
+            return made if decidable else None
+    return None
+
+
+def _makes(component: Callable[..., Any], wanted: Any, *, certainly: bool = False) -> bool:
+    """Whether calling `component` gives a `wanted`. What cannot be decided is yes, unless it has to be certain."""
+    if wanted is None:
+        return not certainly
+    made = component
+    if not isinstance(component, type):
+        try:
+            made = typing.get_type_hints(component).get("return")  # type: ignore[assignment]
+        except (NameError, TypeError):
+            made = None  # type: ignore[assignment]
+    return issubclass(made, wanted) if isinstance(made, type) else not certainly
 
 
 def configured(name: str) -> Callable[..., Any]:

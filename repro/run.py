@@ -51,16 +51,24 @@ def main(args: argparse.Namespace) -> int:
     if args.fresh:
         _refuse_foreign(path)
     with record.RunFolder(path, writes=rank == 0, chatty=not args.quiet) as run:
-        if args.fresh and rank == 0:
-            _clear(path)
-        elif rank == 0 and (path / "config.gin").is_file() and not _same(path, config):
+        other = (path / "config.gin").is_file() and not _same(path, config)
+        if other and not args.fresh and rank == 0 and _trained(path):
             raise ValueError(f"{path} holds a run of another config; give another --out, or --fresh to throw it away")
+        if (other or args.fresh) and rank == 0:
+            _clear(path)
         with record.Signals():  # one that comes before training is kept for its first step
             return _train(run, config, args, started)
 
 
 def _same(path: Path, config: configs.Config) -> bool:
     return record.read_json(path / "run.json").get("signature") == config.signature
+
+
+def _trained(path: Path) -> bool:
+    """Whether a run folder holds what could be lost: a run that failed while it was built has nothing."""
+    return any(path.glob("checkpoints/*")) or any(
+        f.is_file() and f.stat().st_size for f in (path / "metrics.jsonl", path / "result.json")
+    )
 
 
 def _refuse_foreign(path: Path) -> None:

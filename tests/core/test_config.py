@@ -1,11 +1,13 @@
 """Gin with restraint: everything gin 0.5.0 lets pass in silence is one clear error."""
 
+import inspect
 import subprocess
 import sys
 
 import pytest
 
 from core import config as configs
+from core import registry
 
 
 @pytest.fixture
@@ -169,6 +171,38 @@ def test_a_binding_without_effect_is_found_after_building(gin_file):
     assert len(lines) == 3  # train was not called, SGD is not built, nothing is built in scope rgb
     assert any("optim.SGD.lr" in line and "nothing in this config builds that component" in line for line in lines)
     assert any("rgb/optim.AdamW.lr" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("binding", "said"),
+    [
+        ("trainer.train.task = @optim.SGD", r"task takes a component that makes Task, and optim\.SGD is of kind optimizer; it may be sdtps\.ReID$"),
+        ("WRONG = @optim.SGD\ntrainer.train.schedule = %WRONG", "schedule takes a component that makes Callable, .* may be schedules.Constant, schedules.Cosine"),
+        ("sdtps.ReID.layout = @sdtps.TokenSparse", "makes Layout, .* kind module; it may be sdtps.MSVR310, sdtps.RGBNT100, sdtps.RGBNT201$"),
+        ("sdtps.TriModalReID.tokens = @sdtps.PKPlan", "tokens takes a component that makes Module, and sdtps.PKPlan is of kind plan; it may be"),
+    ],
+)  # fmt: skip
+def test_a_component_in_a_place_for_another_is_an_error_before_anything_is_built(gin_file, binding, said):
+    config = configs.read(gin_file(f"{binding}\nsdtps.ReID.junk = 'camera'\n"))
+    with pytest.raises(configs.ConfigError, match=said) as caught:
+        configs.apply(config)
+    assert len(caught.value.problems) == 1
+
+
+def test_every_default_is_what_its_own_annotation_takes():
+    for name in registry.plugins():
+        registry.load_plugin(name)
+    known = registry.registered()
+    checked = 0
+    for component in known.values():
+        for parameter in inspect.signature(component.cls).parameters.values():
+            if parameter.default in {r.cls for r in known.values()}:
+                assert configs._makes(parameter.default, configs._wanted(component.cls, parameter.name)), (
+                    component.name,
+                    parameter.name,
+                )
+                checked += 1
+    assert checked > 30
 
 
 def test_a_value_that_the_caller_supplies_is_found(gin_file):

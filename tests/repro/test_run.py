@@ -82,6 +82,16 @@ def test_a_task_leaves_files_of_its_own_even_if_its_pictures_fail(main_job, tmp_
     assert not (tmp_path / "a" / "pictures").exists()
 
 
+def test_a_folder_where_nothing_was_trained_is_free_for_another_config(main_job, tmp_path):
+    wrong = main_job("a", settings=("sdtps.ReID.layout=@sdtps.TokenSparse",))
+    assert wrong.status == 2
+    assert "layout takes a component that makes Layout" in wrong.err
+    assert main_job("a").status == 0
+    other = main_job("a", settings=("trainer.train.seed=5",))
+    assert other.status == 2
+    assert "holds a run of another config" in other.err
+
+
 def test_a_finished_run_is_found_and_not_repeated(main_job, tmp_path):
     main_job("a")
     before = (tmp_path / "a" / "timing.jsonl").read_text()
