@@ -45,11 +45,17 @@ class CheckpointError(RuntimeError):
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors[path] = value.detach()
-        return {_TENSOR: path}
+        name = path
+        while name in tensors:  # "a/b" beside "a" with its own "b", or 1 beside "1"
+            name += "'"
+        tensors[name] = value.detach()
+        return {_TENSOR: name}
     if isinstance(value, Mapping):
         if all(isinstance(k, str) and not k.startswith("\x00") for k in value):
             return {k: _pack(v, f"{path}/{k}" if path else k, tensors) for k, v in value.items()}
+        for k in value:
+            if not (k is None or isinstance(k, (bool, int, float, str))):
+                raise TypeError(f"{path}: a {type(k).__name__} ({k!r}) cannot be a key in a checkpoint; use strings or numbers")
         return {_PAIRS: [[k, _pack(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, tuple):
         return {_TUPLE: [_pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}

@@ -34,6 +34,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+# What a run writes into its folder: no more than this is cleared without being asked.
+WRITTEN = (
+    "config.gin", "operative.gin", "run.json", "diff*.patch", "metrics.jsonl", "timing.jsonl", "data.json", "result.json", "profile.json",
+    "log.txt", "events.out.tfevents*", "checkpoints", "pictures",
+)  # fmt: skip
 STATES = ("running", "finished", "failed", "stopped")
 HEARTBEAT_S = 2.0
 LOST_AFTER_S = 15.0
@@ -406,6 +411,16 @@ class RunFolder:
             print(text, flush=True)
         with contextlib.suppress(OSError), open(self.path / "log.txt", "a", encoding="utf-8") as handle:
             handle.write(text + "\n")
+
+
+def nested(path: Path) -> Path | None:
+    """A run folder below `path`, itself not counted; None if there is none."""
+    for entry in sorted(path.iterdir()) if path.is_dir() else ():
+        if entry.is_dir() and not entry.is_symlink():
+            found = next(runs(entry), None)
+            if found is not None:
+                return found
+    return None
 
 
 def runs(root: Path) -> Iterator[Path]:

@@ -24,6 +24,8 @@ from core.record import RunFolder, Signals
 from core.registry import register
 from core.task import StepResult, Task
 
+MOST_THREADS = 4096  # far more crash torch
+
 
 class Stopped(Exception):
     """A signal asked the run to stop; its checkpoint is written. `step` is the last finished step."""
@@ -36,7 +38,15 @@ class Stopped(Exception):
 
 
 class NonFinite(FloatingPointError):
-    """A loss term or a gradient is NaN or infinite. Raised before the update, so the weights are those of the last good step."""
+    """A loss term or a gradient is NaN or infinite. Raised before the update, so the weights are those of the last good step.
+
+    Attributes:
+        step: the one that was not finite.
+    """
+
+    def __init__(self, step: int, what: str):
+        super().__init__(f"step {step}: {what}; stopped before the update")
+        self.step = step
 
 
 class _Guard:
@@ -75,12 +85,10 @@ class _Guard:
         shown = ", ".join(f"{k} {float(v):.6g}" for k, v in losses.items())
         terms = [k for k, v in losses.items() if not math.isfinite(v)]
         if terms:
-            raise NonFinite(f"step {step}: loss term {', '.join(terms)} is not finite ({shown}); stopped before the update")
+            raise NonFinite(step, f"loss term {', '.join(terms)} is not finite ({shown})")
         names = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         few = ", ".join(names[:5]) + (f", … ({len(names)} in all)" if len(names) > 5 else "")
-        raise NonFinite(
-            f"step {step}: the gradient of {few} is not finite while the losses are ({shown}); stopped before the update"
-        )
+        raise NonFinite(step, f"the gradient of {few} is not finite while the losses are ({shown})")
 
 
 @dataclasses.dataclass
@@ -97,8 +105,9 @@ class _Log:
         row["grad_norm"] = norm
         self.rows.append((step, row, rates))
 
-    def flush(self) -> dict[str, float]:
-        """Write what is held; returns the newest row for display."""
+    def flush(self, *, before: int | None = None) -> dict[str, float]:
+        """Write what is held, or only the steps before one; returns the newest row for display."""
+        self.rows = [row for row in self.rows if before is None or row[0] < before]
         if not self.rows:
             return {}
         flat = torch.stack([v.float().reshape(()) for _, row, _ in self.rows for v in row.values()])
@@ -130,6 +139,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"train.device must be 'auto', 'cpu' or 'cuda', with :N for one of several, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"train.device must be 'auto', 'cpu' or 'cuda', with :N for one of several, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"train.device is {name!r}, but torch sees no CUDA device; use 'cpu' or 'auto'")
     if device.type == "cuda" and device.index is None:
@@ -208,7 +219,8 @@ def train(
         eval_every, save_every, log_every: in steps; 0 means only at the end (log_every at least 1).
         eval_first: evaluate before the first step too.
         keep: newest checkpoints to keep beside the best one.
-        select: metric that decides which evaluation is called best; None takes the last.
+        select: metric that decides which evaluation is called best; None takes the last. Without `eval_first`, one evaluation
+            before the first step, which is recorded nowhere, makes sure that there is such a metric.
         select_mode: whether more or less of it is better.
         deterministic: ask torch for deterministic algorithms.
         threads: CPU threads of torch (the bits of a result depend on it); None leaves torch's own choice.
@@ -232,13 +244,15 @@ def train(
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"train.clip_norm must be positive or None, got {clip_norm}")
     if threads is not None:
-        if threads < 1:
-            raise ValueError(f"train.threads must be at least 1, or None for torch's own choice, got {threads}")
+        if not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"train.threads must be from 1 to {MOST_THREADS}, or None for torch's own choice, got {threads}")
         torch.set_num_threads(threads)
     if accumulate > 1 and epochs is not None:
         raise ValueError(
             f"train.epochs = {epochs} with accumulate = {accumulate}: an epoch is counted in batches and a step takes {accumulate}; give train.steps"
         )
+    if not 0 <= seed < 2**62:  # ranks add to it
+        raise ValueError(f"train.seed must be from 0 to 2**62 - 1, got {seed}")
     place = pick_device(device)
     _check_precision(precision, place)
     distributed.start(place)
@@ -321,6 +335,7 @@ def train(
                 if step == length:
                     metrics.update((k, float(v)) for k, v in work.conclude(plain).items())
                 plain.train()
+            _check_selected(select, metrics)  # before anything is written that a repeated evaluation would write again
             run.metrics([{"step": step, "eval": metrics}])
             run.board(step, {f"eval/{k}": v for k, v in metrics.items() if math.isfinite(v)})
             run.timing({"step": step, "evaluation_s": time.perf_counter() - started})
@@ -359,13 +374,19 @@ def train(
                 store.save(step, state, best=best["step"] if best["step"] >= 0 else None)
             distributed.barrier()
 
-        with progress:
+        with progress, _kept_until_non_finite(log):
             plain.train()
             if done == 0 and (found is None or unevaluated) and (eval_first or length == 0):
                 stop_if_asked(unevaluated=True)
                 first = evaluate(0)
                 last = first if length == 0 else last
-                _check_selected(select, first)
+            elif select is not None and found is None:  # a name that no evaluation gives would cost the whole training
+                stop_if_asked()
+                progress.note(f"looking for {select} in an evaluation")
+                with checkpoint.preserved_random_state(), torch.inference_mode(), cast():
+                    plain.eval()
+                    _check_selected(select, {k: float(v) for k, v in work.evaluate(plain).items()})
+                    plain.train()
             elif unevaluated:
                 judge(done)
                 save(done)
@@ -398,6 +419,17 @@ def train(
                     log.flush()
                     save(done)
         return Outcome(done, last, best["metrics"], int(best["step"]), first)
+
+
+@contextlib.contextmanager
+def _kept_until_non_finite(log: _Log) -> Iterator[None]:
+    """Where a step is not finite, the log of those before it is written: the curve that led there."""
+    try:
+        yield
+    except NonFinite as error:
+        if distributed.world() == 1:  # the means over ranks need every rank, and one alone may have failed
+            log.flush(before=error.step)
+        raise
 
 
 def _forward_backward(

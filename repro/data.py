@@ -11,6 +11,7 @@ import argparse
 import ast
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _of(kind: str) -> dict[str, registry.Component]:
-    return {c.name.split(".", 1)[1]: c for c in registry.index().values() if c.kind == kind}
+    """Makers or checkers by the shortest name that is theirs alone: in full where two plugins have one of that name."""
+    found = [c for c in registry.index().values() if c.kind == kind]
+    short = Counter(c.name.split(".", 1)[1] for c in found)
+    return {own if short[own := c.name.split(".", 1)[1]] == 1 else c.name: c for c in found}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -49,6 +53,7 @@ def main(args: argparse.Namespace) -> int:
             f"repro data {args.action} wants NAME and --root DIR; known names: {', '.join(n.replace('_', '-') for n in sorted(known))}"
         )
     wanted = args.name.replace("-", "_")
+    known |= {c.name: c for c in known.values()}
     if wanted not in known:
         near = registry.nearest(wanted, known) or sorted(known)
         raise KeyError(f"nothing called {args.name!r} to {args.action}; nearest: {', '.join(n.replace('_', '-') for n in near)}")
@@ -80,13 +85,16 @@ def _statement(root: Path) -> str:
 
 def _options(component: registry.Component, given: list[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
+    own = [p.name for p in component.parameters[1:]]  # the first is the folder, which is --root
     for text in given:
         name, equals, value = text.partition("=")
-        parameter = component.parameter(name)
+        parameter = component.parameter(name) if name in own else None
+        if name in options:
+            raise ValueError(f"--set {name} is given twice, as {options[name]!r} and as {value}; give it once")
         if not equals or parameter is None:
-            near = registry.nearest(name, [p.name for p in component.parameters])
+            near = registry.nearest(name, own)
             raise ValueError(
-                f"{component.name} has no option {name!r}; it has {', '.join(p.name for p in component.parameters)}"
+                f"{component.name} has no option {name!r}; it has {', '.join(own) or 'none'}"
                 + (f"; nearest: {near[0]}" if near else "")
             )
         try:

@@ -83,7 +83,9 @@ class Run:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        return record.read_lines(self.path / "metrics.jsonl")
+        """What metrics.jsonl says, row by row; a row without a step, or whose evaluation is no table of metrics, is a gap."""
+        found = record.read_lines(self.path / "metrics.jsonl")
+        return [r for r in found if isinstance(r.get("step"), int) and isinstance(r.get("eval", {}), dict)]
 
     @cached_property
     def data(self) -> dict[str, Any]:

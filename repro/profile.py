@@ -32,12 +32,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build(config: configs.Config) -> Any:
-    """The task of a config, without its data."""
+    """The task of a config, without its data, in the scope that the config refers to it with."""
+    import gin
+
     configs.apply(config)
     bound = config.get(f"{configs.TRAIN}.task")
     if not isinstance(bound, configs.Reference):
         raise ValueError(f"{config.file} binds no trainer.train.task, so there is nothing to profile")
-    return configs.configured(bound.name)()
+    with gin.config_scope(bound.scope or None):
+        return configs.configured(bound.name)()
 
 
 def main(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ finished run is shown and not repeated, an unfinished one goes on where it stopp
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import shutil
 import sys
@@ -45,6 +46,8 @@ def main(args: argparse.Namespace) -> int:
     before = record.status(path)
     if before is not None and before.state == "finished" and not args.fresh and _same(path, config):
         if rank == 0:
+            if not record.read_json(path / "result.json"):
+                raise ValueError(f"{path} is finished, but its result.json is missing or damaged; --fresh runs it again")
             print(f"{path} is finished already (--fresh starts over)\n")
             show.result(path)
         return 0
@@ -55,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
         if other and not args.fresh and rank == 0 and _trained(path):
             raise ValueError(f"{path} holds a run of another config; give another --out, or --fresh to throw it away")
         if (other or args.fresh) and rank == 0:
-            _clear(path)
+            _clear(path, all_of_it=args.fresh)
         with record.Signals():  # one that comes before training is kept for its first step
             return _train(run, config, args, started)
 
@@ -76,13 +79,19 @@ def _refuse_foreign(path: Path) -> None:
     held = sorted(e.name for e in path.iterdir()) if path.is_dir() else []
     if held and not {"config.gin", "run.json", "status.json"} & set(held):
         raise ValueError(f"{path} is not a run folder, it holds {', '.join(held[:3])}; --fresh clears no other, give another --out")
+    below = record.nested(path)
+    if below is not None:
+        raise ValueError(
+            f"{path} holds other runs, such as {below}; --fresh does not clear them, give another --out or move them away"
+        )
 
 
-def _clear(path: Path) -> None:
+def _clear(path: Path, *, all_of_it: bool) -> None:
     for entry in path.iterdir():
         if entry.name in (".lock", "status.json"):
             continue
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        if all_of_it or any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in record.WRITTEN):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _train(run: record.RunFolder, config: configs.Config, args: argparse.Namespace, started: float) -> int:
@@ -138,15 +147,49 @@ def _train(run: record.RunFolder, config: configs.Config, args: argparse.Namespa
 
 
 def describe(run: record.RunFolder, config: configs.Config) -> None:
-    """run.json and diff.patch: everything needed to say where a number of this run comes from."""
+    """run.json and diff.patch: everything needed to say where a number of this run comes from.
+
+    A run that goes on keeps under `history` what its earlier attempts ran with, oldest first; where that is not what runs now, it is said.
+    """
     source, diff = record.provenance()
+    history = _history(run, source, diff, _passports(config.plugins())) if run.writes else []
     if diff:
         run.write("diff.patch", diff)
     run.write("run.json", {
+        "history": history,
         "signature": config.signature, "config": config.file, "overrides": list(config.overrides), "files": list(config.files),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "source": source, "environment": record.environment(),
         "plugins": _passports(config.plugins()), "seed": config.get(f"{configs.TRAIN}.seed", 0), "effective": config.effective(),
     })  # fmt: skip
+
+
+def _history(run: record.RunFolder, source: dict[str, Any], diff: str, plugins: dict[str, Any]) -> list[Any]:
+    """What earlier attempts of a run with a checkpoint ran with. Warns where code or versions differ from the last of them."""
+    before = record.read_json(run.path / "run.json")
+    if not before or not any(run.path.glob("checkpoints/*")):
+        return []
+    history = [h for h in before.get("history") or [] if isinstance(h, dict)]
+    patch = run.path / "diff.patch"
+    old = patch.read_text(encoding="utf-8") if patch.is_file() else ""
+    then: dict[str, Any] = {"source": before.get("source"), "plugins": before.get("plugins")}
+    then["versions"] = (before.get("environment") or {}).get("versions") or {}
+    now = {"source": source, "plugins": plugins, "versions": record.environment()["versions"]}
+    if then == now and old == diff:
+        return history
+    if old:
+        kept = f"diff-{len(history)}.patch"
+        run.write(kept, old)
+        then["diff"] = kept
+        patch.unlink()
+    changed = [f"{n} {then['versions'].get(n)} -> {v}" for n, v in now["versions"].items() if then["versions"].get(n) != v]
+    changed += [f"plugin {n}" for n, facts in plugins.items() if (then["plugins"] or {}).get(n) != facts]
+    changed += ["uncommitted changes"] if old != diff else []
+    earlier, commit = (then["source"] or {}).get("commit"), source.get("commit")
+    changed += [f"commit {str(earlier)[:8]} -> {str(commit)[:8]}"] if earlier != commit else []
+    run.log(
+        f"WARNING: this run goes on with other code than it began with: {', '.join(changed) or 'see history'}; run.json keeps both"
+    )
+    return [*history, then]
 
 
 def _passports(names: Sequence[str]) -> dict[str, Any]:

@@ -171,6 +171,16 @@ def test_killed_at_any_byte_of_the_write_leaves_the_last_complete_one(tmp_path):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_names_that_look_alike_stay_apart(tmp_path):
+    one, two = torch.ones(1), torch.full((1,), 2.0)
+    for state in ({"a/b": one, "a": {"b": two}}, {"x": {1: one, "1": two}}, {"a": {"b": one, "b'": two}, "a/b": two}):
+        checkpoint.save(tmp_path / "s.safetensors", state)
+        torch.testing.assert_close(checkpoint.load(tmp_path / "s.safetensors"), state, rtol=0, atol=0)
+    with pytest.raises(TypeError, match=r"x: a tuple \(\(1, 2\)\) cannot be a key in a checkpoint"):
+        checkpoint.save(tmp_path / "t.safetensors", {"x": {(1, 2): one}})
+    assert not (tmp_path / "t.safetensors").exists()
+
+
 def test_an_object_that_cannot_be_stored_is_named(tmp_path):
     with pytest.raises(TypeError, match="model/layer: a object"):
         checkpoint.save(tmp_path / "c.safetensors", {"model": {"layer": object()}})

@@ -153,10 +153,18 @@ def test_an_evaluation_that_fails_loses_nothing_of_the_training(tmp_path, failin
     assert_same_run(tmp_path / "straight", tmp_path / "failed")
 
 
-def test_a_metric_to_select_by_that_nothing_gives_is_said_before_the_first_step(tmp_path):
+@pytest.mark.parametrize("eval_first", [True, False])
+def test_a_metric_to_select_by_that_nothing_gives_is_said_before_the_first_step(tmp_path, eval_first):
     with pytest.raises(ValueError, match=r"train\.select is 'mAP', which the evaluation does not give; it gives accuracy"):
-        train(tmp_path / "a", eval_first=True, select="mAP")
+        train(tmp_path / "a", eval_first=eval_first, select="mAP")
     assert not checkpoint.Store(tmp_path / "a" / "checkpoints").steps()
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == ""
+
+
+def test_looking_for_the_selected_metric_changes_no_number(tmp_path):
+    train(tmp_path / "a", steps=6)
+    train(tmp_path / "b", steps=6, select="accuracy")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 def test_other_data_than_the_checkpoint_was_trained_on_are_refused(tmp_path):
@@ -199,6 +207,10 @@ def test_a_non_finite_step_stops_before_the_update_and_names_the_part(tmp_path, 
     with pytest.raises(trainer.NonFinite, match=said) as caught:
         train(tmp_path / "a", task, save_every=1)
     assert "step 5" in str(caught.value)
+    assert caught.value.step == 5
+    with pytest.raises(trainer.NonFinite):
+        train(tmp_path / "c", task, log_every=20)
+    assert [row["step"] for row in record.read_lines(tmp_path / "c" / "metrics.jsonl")] == [1, 2, 3, 4]  # the curve that led there
     train(tmp_path / "b", steps=4, save_every=1, schedule=schedules.Constant)
     step, kept = weights(tmp_path / "a")
     assert step == 4
@@ -272,7 +284,7 @@ def test_best_and_last_are_both_kept(tmp_path):
     class Falling(Toy):
         def evaluate(self, model):
             self.count = getattr(self, "count", 0) + 1
-            return {"score": [0.2, 0.9, 0.5, 0.1][self.count - 1]}
+            return {"score": [0.0, 0.2, 0.9, 0.5, 0.1][self.count - 1]}  # the first looks whether there is such a metric
 
     outcome = train(tmp_path / "a", Falling, steps=20, eval_every=5, keep=1, select="score")
     assert (outcome.best_step, outcome.best["score"], outcome.last["score"]) == (10, 0.9, 0.1)
@@ -286,7 +298,12 @@ def test_best_and_last_are_both_kept(tmp_path):
         ({"epochs": 3}, "exactly one of"),
         ({"accumulate": 0}, "train.accumulate must be at least 1"),
         ({"accumulate": 2, "steps": None, "epochs": 3}, "an epoch is counted in batches and a step takes 2; give train.steps"),
-        ({"threads": 0}, "train.threads must be at least 1"),
+        ({"threads": 0}, "train.threads must be from 1 to 4096"),
+        ({"threads": 100_000_000}, "train.threads must be from 1 to 4096"),
+        ({"seed": -1}, "train.seed must be from 0"),
+        ({"seed": 10**23}, "train.seed must be from 0"),
+        ({"device": "meta"}, "train.device must be 'auto', 'cpu' or 'cuda', with :N for one of several, got 'meta'"),
+        ({"device": "mps"}, "train.device must be 'auto', 'cpu' or 'cuda'"),
         ({"device": "gpu"}, "train.device must be 'auto', 'cpu' or 'cuda', with :N for one of several, got 'gpu'"),
         ({"clip_norm": -1.0}, "clip_norm must be positive"),
         ({"precision": "fp16"}, "needs a CUDA device"),

@@ -25,6 +25,20 @@ def test_test_samples_of_the_data_are_counted_one_by_one(command, sample, tmp_pa
     assert found["compression"]["over_inputs"] == found["inputs"]
 
 
+def test_a_task_in_a_scope_is_counted_in_it(command, tmp_path):
+    network, tower = "sdtps.TriModalReID", "sdtps.CLIPVisionTransformer"
+    scoped = (
+        "TASK=@deep/sdtps.ReID", f"deep/sdtps.ReID.network=@deep/{network}", f"deep/{network}.backbone=@deep/{tower}", f"deep/{tower}.layers=7",
+    )  # fmt: skip
+    found = []
+    for name, settings in (("scoped", scoped), ("plain", (f"{tower}.layers=7",))):
+        words = [w for s in settings for w in ("--set", s)]
+        done = command("profile", "--gin", GIN, "--count", *words, "--json", f"{name}.json", folder=tmp_path)
+        assert done.status == 0, done.err
+        found.append(json.loads((tmp_path / f"{name}.json").read_text())["model"]["macs"])
+    assert found[0] == found[1]
+
+
 def test_more_samples_than_there_are_count_all_of_them(command, sample, tmp_path):
     done = command("profile", "--gin", GIN, *words(sample), "--repeats", "1", "--inputs", "500", folder=tmp_path)
     assert done.status == 0, done.err

@@ -161,6 +161,45 @@ def test_fresh_throws_away_runs_and_nothing_else(main_job, tmp_path):
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["thesis.txt"]
 
 
+def test_runs_below_the_folder_of_a_run_are_never_cleared(main_job, tmp_path):
+    assert main_job("a", settings=("sdtps.ReID.layout=@sdtps.TokenSparse",)).status == 2  # failed while it was built
+    precious = tmp_path / "a" / "precious"
+    precious.mkdir()
+    (precious / "status.json").write_text('{"state": "finished"}')
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    fresh = main_job("a", "--fresh")
+    assert fresh.status == 2
+    assert "holds other runs, such as" in fresh.err
+    assert main_job("a").status == 0  # nothing was trained here, so that another config may
+    assert (precious / "status.json").is_file()
+    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+    (tmp_path / "a" / "result.json").write_text("{")
+    damaged = main_job("a")
+    assert damaged.status == 2
+    assert "its result.json is missing or damaged; --fresh runs it again" in damaged.err
+
+
+def test_going_on_with_other_code_is_said_and_both_are_kept(main_job, tmp_path):
+    assert main_job("a", before=kill_at(3), settings=("trainer.train.save_every=2",)).status == -signal.SIGKILL
+    file = tmp_path / "a" / "run.json"
+    began = json.loads(file.read_text())
+    assert began["history"] == []
+    sha = began["plugins"]["sdtps"]["sha256"]
+    began["plugins"]["sdtps"]["sha256"] = "another"
+    began["environment"]["versions"]["torch"] = "2.0.0"
+    file.write_text(json.dumps(began))
+    (tmp_path / "a" / "diff.patch").write_text("an old change")
+    done = main_job("a", settings=("trainer.train.save_every=2",))
+    assert done.status == 0, done.err
+    for part in ("goes on with other code than it began with", "torch 2.0.0 -> ", "plugin sdtps", "uncommitted changes"):
+        assert part in done.out
+    now = json.loads(file.read_text())
+    assert now["plugins"]["sdtps"]["sha256"] == sha
+    (then,) = now["history"]
+    assert then["plugins"]["sdtps"]["sha256"] == "another"
+    assert (tmp_path / "a" / then["diff"]).read_text() == "an old change"
+
+
 def test_another_config_in_the_same_folder_is_refused(main_job):
     main_job("a")
     done = main_job("a", settings=("SEED=4",))
