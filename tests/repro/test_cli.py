@@ -73,6 +73,11 @@ def test_an_unknown_verb_names_the_nearest(capsys):
         (("data", "make", "rgbnt-sample"), "--root DIR"),
         (("data", "make", "rgbnt-sample", "--root", "x", "--set", "sead=1"), "nearest: seed"),
         (("data", "make", "rgbnt-sample", "--root", "x", "--set", "seed=one"), "must be int"),
+        (("data", "make", "rgbnt-sample", "--root", "x", "--set", "root=y"), "has no option 'root'; it has seed"),
+        (
+            ("data", "make", "rgbnt-sample", "--root", "x", "--set", "seed=1", "--set", "seed=2"),
+            "--set seed is given twice, as 1 and as 2",
+        ),
         (("data", "check", "rgbnt201", "--root", "/nowhere"), "/nowhere"),
     ],
 )

@@ -226,6 +226,31 @@ def test_broken_claims_or_golden_modules_are_one_line_each_and_the_others_go_on(
             assert f"{name}-dist" in line
 
 
+def test_makers_of_one_name_in_two_plugins_are_called_in_full(install, tmp_path):
+    maker = """
+        from pathlib import Path
+        from core.registry import register
+
+        @register("dataset_maker")
+        def rgbnt_sample(root: Path | str) -> Path:
+            "Somebody else's."
+            Path(root).mkdir()
+            (Path(root) / "theirs").write_text("made")
+            return Path(root)
+    """
+    install("elsewhere", {"made.py": maker})
+    listed = install.repro("data", "list").out
+    assert {"elsewhere.rgbnt-sample", "sdtps.rgbnt-sample"} <= set(listed.split())
+    assert " rgbnt-sample " not in listed
+    unclear = install.repro("data", "make", "rgbnt-sample", "--root", tmp_path / "a")
+    assert unclear.status == 2
+    assert "nearest: " in unclear.err
+    assert "sdtps.rgbnt-sample" in unclear.err
+    assert install.repro("data", "make", "elsewhere.rgbnt-sample", "--root", tmp_path / "a").status == 0
+    assert (tmp_path / "a" / "theirs").is_file()
+    assert install.repro("data", "make", "sap.pacs-sample", "--root", tmp_path / "b", "--set", "per_cell=zero").status == 2
+
+
 def test_a_golden_module_that_hangs_is_cut_off(install, monkeypatch, tmp_path):
     install("sleeper", {"golden.py": "import time\ntime.sleep(60)\n"})
     monkeypatch.syspath_prepend(str(tmp_path))
