@@ -105,6 +105,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, dumps(value, indent=2) + "\n")
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What goes wrong inside becomes an OSError that names the file and what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free space and give the same command again" if full else "check the folder, then the same command again"
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}; {advice}") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new one, never half of one.
 
@@ -112,18 +123,14 @@ def write_text(path: Path, text: str) -> None:
         OSError: if it cannot be written; the message names the file and what to do.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        advice = (
-            "free space and give the same command again"
-            if error.errno == errno.ENOSPC
-            else "check the folder, then the same command again"
-        )
-        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}; {advice}") from error
+    with _writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -298,7 +305,8 @@ class RunFolder:
             self._thread.join()
         for handle in (self._metrics, self._timing, self._board):
             if handle is not None:
-                handle.close()
+                with contextlib.suppress(OSError):  # a checkpoint counts on no more than `flush` brought to disk
+                    handle.close()
         if self._mirror is not None:
             self._mirror.finish(exit_code=int(kind is not None))
         if self._status.get("state") == "running":
@@ -346,32 +354,38 @@ class RunFolder:
         if not self.writes:
             return
         path = self.path / "metrics.jsonl"
-        path.touch()
+        with _writing(path):
+            path.touch()
         held = path.stat().st_size
         if held < offset:
             raise ValueError(
                 f"{path} has {held} bytes, the checkpoint was written at {offset}: the file was changed; restore it or start over with --fresh"
             )
-        os.truncate(path, offset)
-        self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed in __exit__
-        self._timing = open(self.path / "timing.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        with _writing(path):
+            os.truncate(path, offset)
+            self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed in __exit__
+        with _writing(self.path / "timing.jsonl"):
+            self._timing = open(self.path / "timing.jsonl", "a", encoding="utf-8")  # noqa: SIM115
 
     def metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to metrics.jsonl. They hold nothing that depends on the clock or the machine."""
         if self._metrics is not None:
-            self._metrics.write("".join(dumps(row) + "\n" for row in rows))
+            with _writing(self.path / "metrics.jsonl"):
+                self._metrics.write("".join(dumps(row) + "\n" for row in rows))
 
     def timing(self, row: Mapping[str, Any]) -> None:
         if self._timing is not None:
-            self._timing.write(dumps(row) + "\n")
-            self._timing.flush()
+            with _writing(self.path / "timing.jsonl"):
+                self._timing.write(dumps(row) + "\n")
+                self._timing.flush()
 
     def flush(self) -> int:
         """Bring metrics.jsonl to disk; returns its length in bytes, which a checkpoint stores."""
         if self._metrics is None:
             return 0
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        with _writing(self.path / "metrics.jsonl"):
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
         return int(self._metrics.tell())
 
     def mirror_to(self, project: str, config: Mapping[str, Any]) -> None:
@@ -396,12 +410,13 @@ class RunFolder:
             return
         if self._mirror is not None:
             self._mirror.log(dict(values), step=step)
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
+        with _writing(self.path / "events.out.tfevents…"):
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.path), purge_step=step)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+                self._board = SummaryWriter(str(self.path), purge_step=step)
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def log(self, text: str) -> None:
         """A line for people: printed, and kept in log.txt."""

@@ -7,6 +7,7 @@ finished run is shown and not repeated, an unfinished one goes on where it stopp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import os
 import shutil
@@ -122,7 +123,8 @@ def _train(run: record.RunFolder, config: configs.Config, args: argparse.Namespa
         run.log(configs.said(stop))
         return record.EXIT_STOPPED
     except Exception as error:
-        run.say(state="failed", message=f"{type(error).__name__}: {configs.said(error)}")
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that ended the run
+            run.say(state="failed", message=f"{type(error).__name__}: {configs.said(error)}")
         raise
     finally:
         distributed.stop()

@@ -378,6 +378,23 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, monkey
     assert_same_run(tmp_path / "straight", tmp_path / "a")
 
 
+def test_a_full_disk_under_the_log_is_named_and_does_not_hide_what_ended_the_run(tmp_path):
+    def write(name, then):
+        with record.RunFolder(tmp_path / name, chatty=False) as run:
+            run.open_metrics(0)
+            run._metrics = open("/dev/full", "w")  # noqa: SIM115
+            run.metrics([{"step": 1}])
+            then(run)
+
+    def fail(run):
+        raise KeyError("the reason")
+
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: No space left on device; free space"):
+        write("a", lambda run: run.flush())
+    with pytest.raises(KeyError, match="the reason"):
+        write("b", fail)
+
+
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
     with record.RunFolder(tmp_path / "a", chatty=False):
         code = f"from core import record; from pathlib import Path; record.RunFolder(Path({str(tmp_path / 'a')!r})).__enter__()"

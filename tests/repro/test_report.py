@@ -354,6 +354,14 @@ def test_a_folder_without_anything_is_a_gap_and_not_a_crash(tmp_path):
     assert "no status" in (out / "index.html").read_text()
 
 
+def test_rows_of_a_log_that_are_none_are_gaps(tmp_path):
+    odd = [{"eval": 4}, {"step": 1, "eval": 4}, {"step": "two", "loss": 1.0}, {"loss": 3.0}]
+    rows = [{"step": s, "loss": 1.0 / s} for s in (1, 2, 3)]
+    make(tmp_path / "runs", "one", effective(0.5, 0), metrics={"mAP[camera]": 0.5}, rows=[*odd, *rows])
+    assert gather.read(tmp_path / "runs" / "one").rows == rows
+    assert cli.main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+
+
 def test_ten_thousand_folders_are_read_without_their_logs(tmp_path):
     """Not a timing: the work per folder must not include its metrics.jsonl, except for the configurations drawn."""
     root = tmp_path / "runs"
