@@ -7,8 +7,12 @@ of the precision at each; CMC at rank k is the share of queries whose first matc
 all of whose matches are junk, or who has none, is skipped and counted. Numbers of two protocols must not be compared,
 so the protocol is part of each metric's name: `mAP[camera]`, `rank-1[scene]`.
 
-Ties. Gallery images at equal distance stand in gallery order (what a stable sort gives), so a result depends on the
-distances alone and is the same on every machine, for any chunk size.
+Ties. Gallery images at equal distance stand in gallery order (what a stable sort gives), so the result of given distances
+(`evaluate_distances`) depends on them alone and is the same on every machine, for any chunk size. Distances that are computed
+here from features (`evaluate_features`) are rounded as the machine's matrix product rounds them, which may differ with the
+machine and the chunk size: equal features can come out an ulp apart and then do not tie.
+
+Precision. Distances are computed in the features' own precision, float32 at least, under `torch.autocast` too.
 
 Method. Only the ranks of the matches are needed, never the order of the whole gallery: see `_Ranker`. Rows are handled
 in chunks, so memory grows with the gallery and not with query × gallery.
@@ -306,7 +310,9 @@ def squared_distances(query: Tensor, gallery: Tensor, rows: int = CHUNK_ROWS) ->
     """Chunks (up to `rows`, g) of squared Euclidean distances between (q, d) and (g, d), computed on their device."""
     gallery_square = gallery.square().sum(1)
     for part in query.split(rows):
-        product = part @ gallery.T
+        # In half precision thousands of a gallery's distances would be equal, and bfloat16 is nothing numpy knows.
+        with torch.autocast(part.device.type, enabled=False):
+            product = part @ gallery.T
         yield product.mul_(-2).add_(gallery_square).add_(part.square().sum(1, keepdim=True)).cpu().numpy()
 
 
@@ -327,7 +333,7 @@ def evaluate_features(
 
     Args:
         query_features, gallery_features: (q, d) and (g, d); arrays, or tensors of one device. Half precision is
-            raised to float32 first.
+            raised to float32 first, and autocast does not lower the distances.
         query, gallery: their labels.
         junk: the protocol: matches of the same `camera` or the same `scene` are taken out, or `none`.
         max_rank: length of the CMC curve.

@@ -252,3 +252,16 @@ def test_labels_alone_say_which_queries_are_evaluated(problem):
     distances, query, gallery, junk = problem[:4]
     has_match = [f is not None for f in by_hand(distances, query, gallery, junk, 1)[1]]
     assert reid.matched(query, gallery, junk=junk).tolist() == has_match
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_lower_the_distances(dtype):
+    """Evaluation runs where training does, inside autocast; with half-precision distances these features rank differently."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 20, (200,), generator=random)
+    features = 0.4 * torch.randn(20, 64, generator=random)[ids] + torch.randn(200, 64, generator=random) + 5
+    labels = Labels(ids, torch.arange(200) % 4)
+    plain = evaluate_features(features, features, labels, labels, junk="camera").metrics()
+    with torch.autocast("cpu", dtype):
+        assert evaluate_features(features, features, labels, labels, junk="camera").metrics() == plain
+        assert torch.is_autocast_enabled("cpu")
