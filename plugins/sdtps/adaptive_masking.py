@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange, reduce, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -158,7 +158,7 @@ class AdaptiveMasking(nn.Module):
         Raises:
             ValueError: if modalities or shapes do not fit.
         """
-        check_inputs(self.modalities, self.num_patches, patches, guides)
+        check_inputs(self.modalities, self.num_patches, patches, guides, uniforms)
         together = torch.cat([guides[name] for name in self.modalities], -1)
         tokens, masks, kept = {}, {}, {}
         for name in self.modalities:
@@ -167,7 +167,9 @@ class AdaptiveMasking(nn.Module):
             if self.maps == "attention":
                 logits = [self._attention(name, guide)(guides[guide], patches[name]) for guide in order]
                 maps = (torch.stack(logits, 1) + maps / self.cosine_tau).softmax(-1)
-            scores = einsum(self.weights[name](together), normalise(maps, self.score_norm, self.score_eps), "b g, b g n -> b n")
+            maps = normalise(maps, self.score_norm, self.score_eps)  # float32 at least, as a quantile needs
+            shares = rearrange(self.weights[name](together), "b g -> b g 1").to(maps.dtype)
+            scores = reduce(shares * maps, "b g n -> b n", "sum")
             masks[name], kept[name] = self._mask(scores, None if uniforms is None else uniforms[name])
             tokens[name] = patches[name] * rearrange(masks[name], "b n -> b n 1").to(patches[name].dtype)
         return Enhanced(tokens, masks, kept)

@@ -467,7 +467,7 @@ def _damage(path: Path, layout: type[Layout], decode: bool) -> str | None:
             return None
         with Image.open(path) as image:
             odd = layout.misshapen(image.width, image.height)
-            image.draft("RGB", (image.width // 8, image.height // 8))
+            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         return f"unreadable ({str(error).replace(str(path), path.name)})"

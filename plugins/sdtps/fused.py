@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 
@@ -69,14 +70,31 @@ def listened(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+PREDICTOR = (nn.Linear, nn.GELU, nn.Linear, nn.Sigmoid)  # what the step computes for eq. 1
+COMBINER = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear)  # and for eq. 4
+
+
+def consists_of(network: object, kinds: Sequence[type[nn.Module]]) -> bool:
+    """Whether a network is a plain `nn.Sequential` of exactly these layers, all with weight and bias, the GELUs exact."""
+    return (
+        type(network) is nn.Sequential
+        and tuple(map(type, network)) == tuple(kinds)
+        and all(getattr(layer, "bias", 0) is not None and getattr(layer, "weight", 0) is not None for layer in network)
+        and all(layer.approximate == "none" for layer in network if isinstance(layer, nn.GELU))
+    )
+
+
 def fusable(tensors: Sequence[Tensor], layers: Sequence[nn.Module]) -> bool:
     """Whether a hand-written gradient is wanted (something is to be differentiated) and may stand for these layers.
 
     It may not in half precision or under autocast (the composed operations know the casting rules), while tracing,
-    compiling or exporting (they need to see operations), or when a layer is not plain or is listened to by a hook.
+    compiling or exporting (they need to see operations), under a transform of `torch.func` or in forward mode (which have
+    no rule for it), or when a layer is not plain or is listened to by a hook.
     """
     return (
         torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and any(t.requires_grad for t in tensors)
         and all(t.dtype == torch.float32 or t.dtype == torch.float64 for t in tensors)
         and not torch.is_autocast_enabled(tensors[0].device.type)
@@ -152,7 +170,7 @@ class SelectAndAggregate(torch.autograd.Function):
             kept = rows[i].index_select(0, kept_rows[i])
             normed, _, _ = torch.native_layer_norm(kept, (c,), w.norm, w.norm_bias, eps)
             mixing = torch.addmm(w.mix_in_bias, normed, w.mix_in.t())
-            mix = torch.addmm(w.mix_out_bias, F.gelu(mixing), w.mix_out.t()).view(b, k, -1).transpose(1, 2)
+            mix = torch.addmm(w.mix_out_bias, F.gelu(mixing), w.mix_out.t()).view(b, k, len(w.mix_out)).transpose(1, 2)
             combining = (mix * w.scale).softmax(-1)  # eq. 4
             aggregated = torch.bmm(combining, kept.view(b, k, c))
             del kept, normed
@@ -224,7 +242,7 @@ def _backward_of_one(
     to_combining = torch.bmm(to_aggregated, kept.view(b, k, c).transpose(1, 2))
     to_scaled = aten._softmax_backward_data(to_combining, combining, -1, combining.dtype)
     to_scale = (to_scaled * mix).sum().view_as(w.scale)
-    to_mix = (to_scaled * w.scale).transpose(1, 2).reshape(b * k, -1)
+    to_mix = (to_scaled * w.scale).transpose(1, 2).reshape(b * k, len(w.mix_out))
     to_mix_out, to_mix_out_bias = to_mix.t() @ F.gelu(mixing), to_mix.sum(0)
     to_mixing = aten.gelu_backward(to_mix @ w.mix_out, mixing)
     normed, mean, rstd = torch.native_layer_norm(kept, (c,), w.norm, w.norm_bias, eps)

@@ -19,10 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.options import require_choice
+from core.options import require_choice, require_idle
 from core.profile import TokenReport
 from core.registry import register
-from plugins.sdtps.fused import CosineMaps, SelectAndAggregate, Settings, fusable, listened
+from plugins.sdtps.fused import COMBINER, PREDICTOR, CosineMaps, SelectAndAggregate, Settings, consists_of, fusable, listened
 from plugins.sdtps.token_aggregation import TokenAggregation
 from plugins.sdtps.token_sparse import Selection, Similarity, TokenSparse, attention_maps, select
 
@@ -35,18 +35,24 @@ class Enhanced:
         tokens: (b, t, c) aggregated tokens with the extra token last.
         masks: (b, n) the decision matrix D over the patches.
         kept: (b, k) positions of the kept patches, best first; empty where a soft mask keeps all of them.
+        soft: (b, n) the relaxation behind the mask, where the mask carries a gradient; else no entries.
     """
 
     tokens: dict[str, Float[Tensor, "b t c"]]
     masks: dict[str, Float[Tensor, "b n"]]
     kept: dict[str, Int[Tensor, "b k"]]
+    soft: dict[str, Float[Tensor, "b n"]] = dataclasses.field(default_factory=dict)
 
 
 def check_inputs(
-    modalities: tuple[str, ...], num_patches: int, patches: Mapping[str, Tensor], guides: Mapping[str, Tensor] | None
+    modalities: tuple[str, ...],
+    num_patches: int,
+    patches: Mapping[str, Tensor],
+    guides: Mapping[str, Tensor] | None,
+    uniforms: Mapping[str, Tensor] | None,
 ) -> None:
-    """ValueError unless patches and guides name exactly the modalities and every modality has `num_patches` tokens."""
-    for role, given in (("patches", patches), ("guides", guides)):
+    """ValueError unless each names exactly the modalities and the shapes fit: (b, num_patches, c), (b, c), (b, num_patches)."""
+    for role, given in (("patches", patches), ("guides", guides), ("uniforms", uniforms)):
         if given is not None and set(given) != set(modalities):
             raise ValueError(f"{role} are given for {', '.join(given)}; this module was built for {', '.join(modalities)}")
     for name, tokens in patches.items():
@@ -55,6 +61,15 @@ def check_inputs(
                 f"{name} has {tokens.shape[1]} patch tokens (shape {tuple(tokens.shape)}), and this module was built for "
                 f"num_patches = {num_patches}; take the number from the backbone's output, not from the image size"
             )
+    b, _, c = patches[modalities[0]].shape
+    wanted = {"patches": (patches, (b, num_patches, c)), "guides": (guides, (b, c)), "uniforms": (uniforms, (b, num_patches))}
+    for role, (given, shape) in wanted.items():
+        for name, tensor in (given or {}).items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{role} of {name} have shape {tuple(tensor.shape)}; beside {modalities[0]}'s patches of shape {(b, num_patches, c)} "
+                    f"they must have {shape}"
+                )
 
 
 @register("module", paper="SEPS, sec. 3", equations="eq. 1-4")
@@ -72,12 +87,14 @@ class MultiModalSDTPS(nn.Module):
             the mean of a modality's own tokens (SEPS), which lives in the tokens' own space.
         similarity: `cosine`, or `dot`: the product over c, as SEPS's paper writes it.
         attention_no_grad: compute the attention maps without gradient, so that guides learn nothing from the selection.
+        selection_no_grad: compute the whole selection without gradient, as the copy of SEPS's released code does: what the tokens
+            become then teaches the aggregation, and neither the patches nor the guides. There must be nothing to learn in it.
         fused: train through `SelectAndAggregate` where the settings allow: equal numbers in less time and memory, no second
             derivative. False always composes the parts.
 
     Raises:
-        ValueError: if fewer than two modalities are named, one is named twice, or an aggregation is to follow a selection that keeps
-            all tokens in place.
+        ValueError: if fewer than two modalities are named, one is named twice, an aggregation is to follow a selection that keeps
+            all tokens in place, or an option could not take effect beside the others.
     """
 
     def __init__(
@@ -91,6 +108,7 @@ class MultiModalSDTPS(nn.Module):
         guide: Literal["global", "mean_patch"] = "global",
         similarity: Literal["cosine", "dot"] = "cosine",
         attention_no_grad: bool = True,
+        selection_no_grad: bool = False,
         fused: bool = True,
     ):
         super().__init__()
@@ -99,10 +117,18 @@ class MultiModalSDTPS(nn.Module):
         require_choice("guide", guide, Literal["global", "mean_patch"])
         require_choice("similarity", similarity, Similarity)
         self.modalities, self.num_patches = tuple(modalities), num_patches
-        self.guide, self.attention_no_grad, self.fused = guide, attention_no_grad, fused
+        self.guide, self.attention_no_grad, self.selection_no_grad, self.fused = guide, attention_no_grad, selection_no_grad, fused
         self.similarity: Similarity = similarity
         self.sparse = nn.ModuleDict({name: sparse(dim=dim) for name in self.modalities})
         first = self.selectors[0]
+        if selection_no_grad:
+            idle = {"attention_no_grad": attention_no_grad}
+            require_idle(MultiModalSDTPS, idle, "selection_no_grad = True leaves the selection no gradient at all")
+            if first.score_predictor is not None or first.use_gumbel or first.selection == "relaxed":
+                raise ValueError(
+                    "selection_no_grad = True, but the selection is to learn (score = 'combined', use_gumbel or selection = 'relaxed'); set "
+                    "TokenSparse.score = 'sum' or 'mean', use_gumbel = False and selection = 'hard' or 'in_place', or leave selection_no_grad False"
+                )
         if aggregate is not None and first.selection == "in_place":
             raise ValueError("selection = 'in_place' keeps all tokens, dropped ones as zeros; set MultiModalSDTPS.aggregate = None")
         self.aggregate = None
@@ -152,19 +178,23 @@ class MultiModalSDTPS(nn.Module):
         Raises:
             ValueError: if modalities or shapes do not fit, or guides are missing.
         """
-        check_inputs(self.modalities, self.num_patches, patches, None if self.guide == "mean_patch" else guides)
+        check_inputs(self.modalities, self.num_patches, patches, None if self.guide == "mean_patch" else guides, uniforms)
         maps = self.attention(patches, guides)
         fused = self._fused(patches, maps) if uniforms is None else None
         if fused is not None:
             return fused
-        tokens, masks, kept = {}, {}, {}
-        for name, selection in self._select(patches, maps, uniforms).items():
+        tokens, masks, kept, soft = {}, {}, {}, {}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.selection_no_grad):
+            selections = self._select(patches, maps, uniforms)
+        for name, selection in selections.items():
             tokens[name], masks[name], kept[name] = selection.tokens, selection.mask, selection.kept
+            if selection.soft is not None:
+                soft[name] = selection.soft
             if self.aggregate is not None:
                 tokens[name] = self.aggregate[name](tokens[name], selection.kept_mask)
             if selection.extra is not None:
                 tokens[name] = torch.cat([tokens[name], selection.extra], 1)
-        return Enhanced(tokens, masks, kept)
+        return Enhanced(tokens, masks, kept, soft)
 
     def attention(
         self, patches: Mapping[str, Float[Tensor, "b n c"]], guides: Mapping[str, Float[Tensor, "b c"]] | None = None
@@ -212,11 +242,23 @@ class MultiModalSDTPS(nn.Module):
     def _fused(self, patches: Mapping[str, Float[Tensor, "b n c"]], maps: Mapping[str, Float[Tensor, "b g n"]]) -> Enhanced | None:
         """The whole step with its hand-written gradient; None where the settings or the circumstances rule it out."""
         selectors, first = self.selectors, self.selectors[0]
-        if not self.fused or self.aggregate is None or not first.hard or first.pooling != "softmax" or first.score != "combined":
+        if (
+            not self.fused
+            or self.selection_no_grad
+            or self.aggregate is None
+            or not first.hard
+            or first.pooling != "softmax"
+            or first.score != "combined"
+        ):
             return None
         aggregators = [cast(TokenAggregation, self.aggregate[name]) for name in self.modalities]
         if any(type(s).forward is not TokenSparse.forward for s in selectors) or any(
             type(a).forward is not TokenAggregation.forward for a in aggregators
+        ):
+            return None
+        if not all(consists_of(s.score_predictor, PREDICTOR) for s in selectors) or not all(
+            consists_of(a.weight, COMBINER) and a.scale.shape == (1, 1, 1) and a.layers[0].eps == aggregators[0].layers[0].eps
+            for a in aggregators
         ):
             return None
         if any(listened(part) for own in (*selectors, *aggregators) for part in own.modules()):

@@ -50,7 +50,7 @@ class BatchHardTriplet(nn.Module):
 
     def forward(self, features: Float[Tensor, "b d"], identities: Int[Tensor, "b"]) -> Float[Tensor, ""]:
         with torch.autocast(features.device.type, enabled=False):
-            x = features.float()
+            x = features.to(torch.promote_types(features.dtype, torch.float32))
             square = x.square().sum(1)
             squared = (square[:, None] + square[None, :]).addmm(x, x.t(), alpha=-2)
             # The root has no slope at 0, so coincident samples must not reach it.

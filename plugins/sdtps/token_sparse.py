@@ -13,7 +13,7 @@ Two things a reader should know before changing an option (measured figures: REA
 
 * With a hard mask the predictor is trained through the extra token only; what it says of kept tokens has no gradient.
 * `use_gumbel` makes the *mask* differentiable (straight-through); it reaches the loss only if something reads the mask:
-  `TokenAggregation.mask_mode`, `weight_selected`, or a ratio loss. Else it changes nothing, as in the released code of SEPS.
+  `TokenAggregation.mask_mode`, `weight_selected`, or `ReID.ratio_weight`. Else it changes nothing, as in the released code of SEPS.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def token_count(tokens: int, *ratios: float, rounding: Rounding) -> int:
     `exact_floor` take the ratios as the decimal numbers they were written as: 55 and 126.
     """
     if rounding.startswith("exact"):
-        exact = math.prod((Fraction(repr(ratio)) for ratio in ratios), start=Fraction(tokens))
+        exact = math.prod((Fraction(repr(float(ratio))) for ratio in ratios), start=Fraction(tokens))
         return math.ceil(exact) if rounding == "exact_ceil" else math.floor(exact)
     product: float = tokens
     for ratio in ratios:
@@ -133,8 +133,9 @@ def ratio_loss(masks: Sequence[Float[Tensor, "b n"]], ratio: float, weights: Seq
     """SEPS's ratio constraint (ratio - sum of weight times mean mask)^2.
 
     The paper sets all weights to 1, which for two masks of mean `ratio` asks for 2·ratio = ratio; by default they are
-    1/number of masks. The constraint needs masks whose mean can move: `relaxation="sigmoid"` or `selection="relaxed"`. With
-    a softmax relaxation the mean is 1/n whatever the scores, and the gradient is zero up to rounding.
+    1/number of masks. The constraint needs masks whose mean can move: the soft part of `relaxation="sigmoid"`, or
+    `selection="relaxed"` (`Selection.soft` of either). With a softmax relaxation the mean is 1/n whatever the scores, and the
+    gradient is zero up to rounding; the mean of a straight-through mask is that of its hard part, k/n, whatever the scores.
 
     Raises:
         ValueError: if no mask carries a gradient (hard masks): the loss would be a constant.
@@ -158,6 +159,7 @@ class Selection:
         mask: (b, n) the decision matrix D, 0 or 1 (a soft membership with `selection="relaxed"` in training). It carries a
             gradient when Gumbel noise or a relaxed selection is at work, and is a constant otherwise.
         kept_mask: (b, k) D at the kept tokens, ones in value, where it carries a gradient; else None.
+        soft: (b, n) the relaxation behind D, soft in value as well, where D carries a gradient; else None.
         kept: (b, k) positions of the kept tokens, best first.
         scores: (b, n) s of eq. 3, without gradient.
     """
@@ -168,6 +170,7 @@ class Selection:
     kept_mask: Tensor | None
     kept: Tensor
     scores: Tensor
+    soft: Tensor | None = None
 
 
 @register("module", paper="SEPS, sec. 3", equations="eq. 1-3")
@@ -326,6 +329,11 @@ class TokenSparse(nn.Module):
         return not self.noisy and (self.selection == "hard" or (self.selection == "relaxed" and not self.training))
 
     @property
+    def ratio_moves(self) -> bool:
+        """Whether in training the share of tokens that the soft mask keeps depends on the scores (see `ratio_loss`)."""
+        return self.selection == "relaxed" or (self.use_gumbel and self.relaxation == "sigmoid")
+
+    @property
     def pooling(self) -> str:
         """How dropped tokens are pooled in the present mode: softmax, uniform or none."""
         if self.extra_mode == "uniform_in_training":
@@ -388,10 +396,13 @@ def select(
     weights: Tensor | None = None  # of the extra token, over all tokens (relaxed) or over the dropped ones
     kept_mask: Tensor | None = None
     rows: Tensor | None = None
+    soft: Tensor | None = None
     if relaxed:
         rows, left = relaxed_topk(perturbed, k, first.gumbel_tau, first.suppression)
-        mask = -torch.expm1(left)
-        if first.pooling != "none":
+        mask = soft = -torch.expm1(left)
+        if first.pooling != "none" and k == n:  # none is dropped, however little the rows leave of each
+            weights = torch.zeros_like(scores)
+        elif first.pooling != "none":
             weights = (left + scores / first.extra_tau if first.pooling == "softmax" else left).softmax(-1)
     else:
         mask = hard
@@ -409,7 +420,7 @@ def select(
 
     results = []
     for i, tokens in enumerate(patches):
-        rows_i, weights_i, kept_mask_i = part(rows, i), part(weights, i), part(kept_mask, i)
+        rows_i, weights_i, kept_mask_i, soft_i = part(rows, i), part(weights, i), part(kept_mask, i), part(soft, i)
         kept_i, mask_i = kept[i * b : (i + 1) * b], mask[i * b : (i + 1) * b]
         pool_from = tokens if relaxed else _gather(tokens, dropped[i * b : (i + 1) * b])
         if rows_i is not None:
@@ -421,7 +432,7 @@ def select(
             if first.weight_selected and kept_mask_i is not None:
                 chosen = chosen * rearrange(kept_mask_i, "b k -> b k 1").to(tokens.dtype)
         extra = None if weights_i is None else rearrange(weights_i, "b d -> b 1 d").to(tokens.dtype) @ pool_from
-        results.append(Selection(chosen, extra, mask_i, kept_mask_i, kept_i, scores.detach()[i * b : (i + 1) * b]))
+        results.append(Selection(chosen, extra, mask_i, kept_mask_i, kept_i, scores.detach()[i * b : (i + 1) * b], soft_i))
     assert len(results) == count
     return results
 

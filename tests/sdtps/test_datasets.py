@@ -337,3 +337,10 @@ def test_many_faults_of_a_kind_are_summed_up(tmp_path):
     missing = [f for f in datasets.rgbnt201(str(root)) if f.what == "missing TIR image"]
     assert len(missing) == datasets._SHOWN + 1
     assert missing[-1].found == f"{29 * 2 - datasets._SHOWN} more"
+
+
+@pytest.mark.parametrize("size", [(4, 4), (7, 30), (1, 1)])
+def test_a_check_decodes_images_of_less_than_eight_pixels(size, tmp_path):
+    file = tmp_path / "small.jpg"
+    Image.new("RGB", size).save(file)
+    assert datasets._damage(file, RGBNT201, True) is None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from core.options import require_choice
-from plugins.sdtps.multimodal import MultiModalSDTPS, ReferenceKeys
+from plugins.sdtps.multimodal import MultiModalSDTPS, ReferenceKeys, check_inputs
 from plugins.sdtps.token_aggregation import TokenAggregation
 from plugins.sdtps.token_sparse import TokenSparse, attention_maps
 
@@ -297,6 +297,35 @@ def test_refusals_say_what_is_wrong():
         build(sparse={"score": "mean", "selection": "in_place", "extra_mode": "none"})
     with pytest.raises(ValueError, match="uniform draws"):
         module(patches, guides, {m: torch.rand(B, N) for m in MODALITIES})
+    noisy = build(sparse={"use_gumbel": True})
+    with pytest.raises(ValueError, match="uniforms are given for rgb; this module was built for rgb, nir, tir"):
+        noisy(patches, guides, {"rgb": torch.rand(B, N)})
+    for role, wrong, message in (
+        ("uniforms", {m: torch.rand(B, 3) for m in MODALITIES}, rf"uniforms of rgb have shape \({B}, 3\).*must have \({B}, {N}\)"),
+        ("guides", {**guides, "nir": torch.randn(B, C - 1)}, rf"guides of nir have shape \({B}, {C - 1}\).*must have \({B}, {C}\)"),
+        ("patches", {**patches, "tir": torch.randn(B + 1, N, C)}, rf"patches of tir have shape \({B + 1}, {N}, {C}\)"),
+    ):
+        with pytest.raises(ValueError, match=message):  # the annotations would refuse these before the module can
+            check_inputs(MODALITIES, N, **{"patches": patches, "guides": guides, "uniforms": None, role: wrong})
+
+
+def test_a_selection_without_gradient_teaches_the_aggregation_alone():
+    released = {"score": "sum", "score_norm": "none"}
+    module, (patches, guides) = build(sparse=released, selection_no_grad=True), inputs()
+    plain = build(sparse=released)
+    enhanced = module(patches, guides)
+    for m in MODALITIES:
+        assert torch.equal(enhanced.tokens[m], plain(patches, guides).tokens[m])
+    torch.stack([t.square().sum() for t in enhanced.tokens.values()]).sum().backward()
+    assert all(v.grad is None for v in (*patches.values(), *guides.values()))
+    assert all(p.grad is not None for p in module.parameters())
+    for sparse in ({}, {**released, "use_gumbel": True}, {**released, "selection": "relaxed"}):
+        with pytest.raises(
+            ValueError, match=r"selection_no_grad = True, but the selection is to learn.*TokenSparse\.score = 'sum'"
+        ):
+            build(sparse=sparse, selection_no_grad=True)
+    with pytest.raises(ValueError, match="attention_no_grad = False would have no effect"):
+        build(sparse=released, selection_no_grad=True, attention_no_grad=False)
 
 
 def test_mean_patch_guides_need_no_globals():

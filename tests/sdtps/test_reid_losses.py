@@ -115,6 +115,12 @@ def test_triplet_in_half_precision_is_computed_in_full():
     torch.testing.assert_close(half, BatchHardTriplet()(features.bfloat16().float(), identities))
 
 
+def test_triplet_in_double_precision_stays_there():
+    torch.manual_seed(0)
+    features = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: BatchHardTriplet()(x, torch.tensor([0, 0, 1, 1, 1])), features)
+
+
 def test_margin_must_not_be_negative():
     with pytest.raises(ValueError, match="margin must be 0 or more"):
         BatchHardTriplet(-0.1)

@@ -223,3 +223,80 @@ def test_a_token_of_length_zero():
     assert composed["patches nir"][0, 3].isfinite().all()
     for name, gradient in composed.items():
         assert_close(fused[name], gradient, atol=1e-9, rtol=1e-9)
+
+
+class _OtherPredictor(TokenSparse):
+    """A user's own network in the place of eq. 1."""
+
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.score_predictor = nn.Sequential(nn.Linear(dim, dim // 4), nn.ReLU(), nn.Linear(dim // 4, 1), nn.Tanh())
+
+
+def _replace(path, new):
+    def change(module):
+        for m in MODALITIES:
+            *way, last = path.split(".")
+            part = (module.aggregate if way[0] == "weight" else module.sparse)[m].get_submodule(".".join(way))
+            part[int(last)] = new()
+        return module.double()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _replace("score_predictor.1", nn.ReLU),
+        _replace("score_predictor.1", lambda: nn.GELU(approximate="tanh")),
+        _replace("score_predictor.3", nn.Tanh),
+        _replace("score_predictor.2", lambda: nn.Linear(C // 4, 1, bias=False)),
+        _replace("weight.2", nn.SiLU),
+        _replace("weight.2", lambda: nn.GELU(approximate="tanh")),
+        _replace("weight.0", lambda: nn.LayerNorm(C, elementwise_affine=False)),
+        lambda module: MultiModalSDTPS(C, N, sparse=_OtherPredictor).double(),
+    ],
+)
+def test_another_network_is_composed_and_trains_as_it_evaluates(change):
+    patches, guides = inputs()
+    torch.manual_seed(2)
+    module = change(build())
+    enhanced = module(patches, guides)
+    assert not is_fused(enhanced)
+    with torch.no_grad():
+        still = module(patches, guides)
+    for m in MODALITIES:
+        assert torch.equal(enhanced.tokens[m].detach(), still.tokens[m])
+
+
+def test_an_empty_batch():
+    def setup():
+        shapes = dict.fromkeys(MODALITIES, (0, N, C))
+        patches = {m: torch.zeros(s, dtype=torch.float64, requires_grad=True) for m, s in shapes.items()}
+        return (
+            build(attention_no_grad=False),
+            patches,
+            {m: torch.zeros(0, C, dtype=torch.float64, requires_grad=True) for m in shapes},
+        )
+
+    (fused, _), (composed, _) = both_ways(setup)
+    assert [t.shape for t in fused.tokens.values()] == [t.shape for t in composed.tokens.values()]
+
+
+def test_function_transforms_and_forward_mode_get_the_composed_operations():
+    patches, guides = inputs(grad=False)
+    module = build(attention_no_grad=False)
+    weights = dict(module.named_parameters())
+    found = []
+    for module.fused in (True, False):
+
+        def loss(given):
+            return loss_of(torch.func.functional_call(module, given, (patches, guides)))
+
+        slopes = torch.func.grad(loss)(weights)
+        _, along = torch.func.jvp(loss, (weights,), (slopes,))
+        found.append((slopes, along))
+    for name, slope in found[1][0].items():
+        assert_close(found[0][0][name], slope)
+    assert_close(found[0][1], found[1][1])
+    assert_close(along, torch.stack([s.square().sum() for s in slopes.values()]).sum())

@@ -136,3 +136,11 @@ def test_reference_keys_both_ways(prefix):
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         masking(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"maps": "cosine"}, {"mask": "hard", "use_gumbel": True}, {"score_norm": "none"}])
+def test_half_precision_modules_run(options):
+    patches, guides = inputs()
+    halves = [{m: v.bfloat16() for m, v in side.items()} for side in (patches, guides)]
+    tokens = masking(**options).bfloat16().train()(*halves).tokens
+    assert all(t.dtype == torch.bfloat16 and t.isfinite().all() for t in tokens.values())

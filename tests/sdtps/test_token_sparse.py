@@ -171,6 +171,15 @@ def test_keeping_everything_leaves_a_zero_extra_token():
     assert_close(patches.grad, torch.ones_like(patches))
 
 
+@pytest.mark.parametrize("extra_mode", ["softmax", "uniform", "uniform_in_training"])
+def test_a_relaxed_selection_of_everything_leaves_a_zero_extra_token_too(extra_mode):
+    module, (patches, maps) = sparse(sparse_ratio=1.0, selection="relaxed", gumbel_tau=0.01, extra_mode=extra_mode), inputs()
+    chosen = module.train()(patches, maps)
+    assert (chosen.extra == 0).all()
+    chosen.tokens.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
 def test_beta_one_half_is_selection_by_attention_alone():
     module, (patches, maps) = sparse(beta=0.5), inputs()
     got = module(patches, maps)
@@ -415,6 +424,23 @@ def test_ratio_loss_cannot_move_a_softmax_mask():
     module, (patches, maps) = sparse(use_gumbel=True), inputs()
     ratio_loss([module(patches, maps).mask], 0.3).backward()
     assert module.score_predictor[2].bias.grad.abs() < 1e-8
+
+
+def test_the_soft_part_of_a_mask_is_what_a_ratio_can_move():
+    for options in ({"use_gumbel": True, "relaxation": "sigmoid"}, {"selection": "relaxed"}):
+        module, (patches, maps) = sparse(**options), inputs()
+        chosen = module(patches, maps)
+        assert module.ratio_moves
+        assert ((chosen.soft > 0) & (chosen.soft < 1)).any()
+        ratio_loss([chosen.soft], 0.1).backward()
+        assert module.score_predictor[2].bias.grad.abs() + module.score_predictor[0].weight.grad.norm() > 1e-6
+    straight = sparse(use_gumbel=True, relaxation="sigmoid")
+    mask = straight(patches, maps).mask
+    ratio_loss([mask], mask.detach().mean().item()).backward()
+    assert straight.score_predictor[2].bias.grad.abs() < 1e-6  # a top-k's mean is k/n whatever the scores
+    assert sparse()(patches, maps).soft is None
+    assert not sparse().ratio_moves
+    assert not sparse(use_gumbel=True).ratio_moves
 
 
 # --- properties -----------------------------------------------------------------------------------------------------
