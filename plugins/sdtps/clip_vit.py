@@ -11,6 +11,7 @@ Axes: b batch, n tokens (class token first), c width, d output width; y, x rows 
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 import zipfile
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from core.checkpoint import CheckpointError, LoadReport, load_model, read_weights
 from core.layers import QuickGELU, TransformerBlock, resize_positions
+from core.options import require_idle
 from core.registry import register
 
 
@@ -83,6 +85,8 @@ class CLIPVisionTransformer(nn.Module):
         camera_std: of its initialisation (the release: 0.02; its fork later 1e-6).
         camera_unseen: what a camera without an embedding gives: an `error`, or `zero` (no shift).
         weights: file with pretrained weights (see `load_weights`), read after initialisation (but on the meta device).
+        weights_grid: rows and columns of the grid that the file's positions are of; None is CLIP's square. The file does not say it,
+            and numbers of places do not tell 16 × 8 from 8 × 16, so it is needed for weights of a tower that was not CLIP's square.
 
     Raises:
         ValueError: for sizes that do not fit each other.
@@ -105,12 +109,15 @@ class CLIPVisionTransformer(nn.Module):
         camera_std: float = 0.02,
         camera_unseen: Literal["error", "zero"] = "error",
         weights: str | None = None,
+        weights_grid: tuple[int, int] | None = None,
     ):
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
         if cameras < 0:
             raise ValueError(f"cameras must be 0 (no embedding) or more, got {cameras}")
+        if weights is None:
+            require_idle(CLIPVisionTransformer, {"weights_grid": weights_grid}, "no weights are read (weights = None)")
         self.patch, self.stride, self.width, self.output_dim = patch, patch if stride is None else stride, width, output_dim
         if not 1 <= self.stride <= patch:
             raise ValueError(f"stride must be in [1, patch = {patch}], got {self.stride}; a larger one leaves pixels out")
@@ -127,7 +134,7 @@ class CLIPVisionTransformer(nn.Module):
         self.projection = nn.Parameter(torch.randn(width, output_dim) * width**-0.5)
         self._initialise()
         counted = self.class_token.is_meta  # has no values to load into
-        self.report: LoadReport | None = None if weights is None or counted else load_weights(self, Path(weights))
+        self.report: LoadReport | None = None if weights is None or counted else load_weights(self, Path(weights), weights_grid)
 
     def _initialise(self) -> None:
         """CLIP's initial scales: what adds to the residual stream is smaller the more layers there are."""
@@ -302,16 +309,22 @@ def _read(path: Path) -> dict[str, Tensor]:
     return read_weights(path)
 
 
-def load_weights(tower: CLIPVisionTransformer, path: Path) -> LoadReport:
+def load_weights(tower: CLIPVisionTransformer, path: Path, grid: tuple[int, int] | None = None) -> LoadReport:
     """Load pretrained weights: a state dict (.pt, .safetensors) or OpenAI's TorchScript archive; OpenAI's or Hugging Face's naming.
 
     Of a whole CLIP only the vision tower is read (`visual.…` or `vision_model.…`); a file of the tower alone, in OpenAI's or in
     our own naming, works too. Positions of another grid are resampled bilinearly to ours; half precision becomes float32. The
     camera embedding is not part of CLIP and keeps its initial values unless the file has one.
 
+    Args:
+        tower: what to load into.
+        path: the file.
+        grid: rows and columns of the file's positions. None is the square grid of CLIP's square images; a file in our own naming,
+            which may be of any tower, and one with no square number of places then are errors.
+
     Raises:
-        core.checkpoint.CheckpointError: if the file cannot be read, or a tensor is missing, unexpected or of another
-            shape; the message lists them and nothing is loaded.
+        core.checkpoint.CheckpointError: if the file cannot be read, the grid of its positions is not known or not theirs, or a
+            tensor is missing, unexpected or of another shape; the message lists them and nothing is loaded.
     """
     state = _read(path)
     if any(k.startswith("vision_model.") for k in state):
@@ -320,16 +333,26 @@ def load_weights(tower: CLIPVisionTransformer, path: Path) -> LoadReport:
         state = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
     ours = {k: v.float() for k, v in ReferenceKeys().from_reference(state).items()}
     positions = ours.get("positions")
-    if positions is not None and positions.ndim == 2 and positions.shape != tower.positions.shape:
-        ours["positions"] = _refit(positions, tower, path)
+    if positions is not None and positions.ndim == 2:
+        ours["positions"] = _refit(positions, tower, path, grid, released="positions" not in state)
     return load_model(tower, ours, what=str(path), allow=("camera.",))
 
 
-def _refit(positions: Tensor, tower: CLIPVisionTransformer, path: Path) -> Tensor:
-    """Positions of a square grid (CLIP's images are square), on the tower's grid."""
-    side = round((len(positions) - 1) ** 0.5)
-    if side * side != len(positions) - 1:
+def _refit(positions: Tensor, tower: CLIPVisionTransformer, path: Path, grid: tuple[int, int] | None, *, released: bool) -> Tensor:
+    """A file's positions on the tower's grid; `released`: in a release's naming, so that None is CLIP's square grid."""
+    places = len(positions) - 1
+    if grid is None:
+        side = math.isqrt(max(places, 0))
+        why = "are not those of a square grid, as CLIP's own are" if side * side != places else ""
+        why = why or ("" if released else "are in this project's own naming, in which a tower may have any grid")
+        if why:
+            raise CheckpointError(
+                f"{path} has {places} places, which {why}; set sdtps.CLIPVisionTransformer.weights_grid to the (rows, columns) of the tower that it is "
+                f"of: {tower.grid} if it was built as this one was"
+            )
+        grid = (side, side)
+    elif grid[0] * grid[1] != places:
         raise CheckpointError(
-            f"{path} has {len(positions)} positions: not those of this tower ({1 + tower.num_patches}, grid {tower.grid}), nor of a square grid"
+            f"{path} has {places} places, and weights_grid = {tuple(grid)} are {grid[0] * grid[1]}; give its own grid"
         )
-    return resize_positions(positions, (side, side), tower.grid)
+    return resize_positions(positions, (int(grid[0]), int(grid[1])), tower.grid)

@@ -267,7 +267,7 @@ def test_released_weights_load_and_give_the_released_outputs(tmp_path, form):
     else:
         state = clip.visual.state_dict() if form == "tower" else clip.state_dict()
         torch.save({"state_dict": state, "epoch": 3} if form == "wrapped" else state, path)
-    tower = CLIPVisionTransformer(2, **SQUARE, weights=str(path))
+    tower = CLIPVisionTransformer(2, **SQUARE, weights=str(path), weights_grid=(3, 3) if form == "ours" else None)
     images = torch.randn(2, 3, 12, 12)
     tokens = tower.project(tower.run(tower.embed(images)))
     torch.testing.assert_close(tokens, clip.float()(images), atol=2e-5, rtol=1e-4)
@@ -284,6 +284,25 @@ def test_positions_of_clips_square_are_resampled_to_the_towers_grid(tmp_path):
     expected = F.interpolate(grid, (4, 2), mode="bilinear", align_corners=False)[0].permute(1, 2, 0).reshape(8, 12)
     torch.testing.assert_close(tower.positions[1:], expected)
     torch.testing.assert_close(tower.positions[0], visual.positional_embedding[0])
+
+
+def test_positions_are_of_a_known_grid(tmp_path):
+    """An equal number of places does not make an equal grid: 16 are 4 × 4 in a release's file, and in our own they may be 2 × 8."""
+    wide, square, file = {**SMALL, "image_size": (8, 32)}, {**SMALL, "image_size": (16, 16)}, tmp_path / "weights.pt"
+    source = CLIPVisionTransformer(**square)
+    square_places = source.positions[1:].reshape(4, 4, 12).permute(2, 0, 1)[None]
+    expected = F.interpolate(square_places, (2, 8), mode="bilinear", align_corners=False)[0].permute(1, 2, 0).reshape(16, 12)
+    torch.save(ReferenceKeys().to_reference(source.state_dict()), file)
+    torch.testing.assert_close(CLIPVisionTransformer(**wide, weights=str(file)).positions[1:], expected)
+    torch.save(source.state_dict(), file)
+    with pytest.raises(CheckpointError, match=r"16 places, which are in this project's own naming.*weights_grid.*\(2, 8\) if"):
+        CLIPVisionTransformer(**wide, weights=str(file))
+    with pytest.raises(CheckpointError, match=r"16 places, and weights_grid = \(3, 4\) are 12"):
+        CLIPVisionTransformer(**wide, weights=str(file), weights_grid=(3, 4))
+    torch.testing.assert_close(CLIPVisionTransformer(**wide, weights=str(file), weights_grid=(4, 4)).positions[1:], expected)
+    assert torch.equal(CLIPVisionTransformer(**square, weights=str(file), weights_grid=(4, 4)).positions, source.positions)
+    with pytest.raises(ValueError, match=r"weights_grid = \(4, 4\) would have no effect, because no weights are read"):
+        CLIPVisionTransformer(**wide, weights_grid=(4, 4))
 
 
 def test_the_camera_embedding_keeps_its_values_unless_the_file_has_one(tmp_path):
@@ -304,7 +323,10 @@ def test_the_camera_embedding_keeps_its_values_unless_the_file_has_one(tmp_path)
         (lambda s: s.pop("proj"), "missing: projection"),
         (lambda s: s.update(extra=torch.ones(1)), "unexpected: extra"),
         (lambda s: s.update({"ln_pre.weight": torch.ones(7)}), r"mismatched: norm_pre.weight \(file \(7,\), model \(12,\)\)"),
-        (lambda s: s.update(positional_embedding=torch.ones(8, 12)), "has 8 positions: not those of this tower"),
+        (
+            lambda s: s.update(positional_embedding=torch.ones(8, 12)),
+            r"has 7 places, which are not those of a square grid.*weights_grid to the \(rows, columns\).*\(3, 3\) if",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_whole(tmp_path, change, message):
