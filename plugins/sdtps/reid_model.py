@@ -37,11 +37,13 @@ class ReIDOutput:
         features: (b, d) before the neck, by branch: `ori` or, without a direct head, `ori_rgb` …; and `sdtps`.
         scores: (b, identities) by branch, in training mode only. Both are of the global batch there.
         masks: (b, n) decision matrix of the token module, by modality; empty where there is none.
+        soft: (b, n) the relaxation behind the masks, with gradient; empty where they carry none. Of the process's own samples.
     """
 
     features: dict[str, Float[Tensor, "b d"]]
     scores: dict[str, Float[Tensor, "b p"]]
     masks: dict[str, Float[Tensor, "b n"]]
+    soft: dict[str, Float[Tensor, "b n"]] = dataclasses.field(default_factory=dict)
 
 
 @register("module", paper="DeMo, AAAI 2025, sec. 3.2 (PIFE)")
@@ -170,6 +172,11 @@ class TriModalReID(nn.Module):
         if self.tokens is not None:
             self.heads["sdtps"] = BNNeckHead(3 * dim, identities)
 
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of the features that `forward` gives."""
+        return tuple(self.heads)
+
     def forward(self, images: Mapping[str, Float[Tensor, "b 3 h w"]], cameras: Int[Tensor, "b"] | None = None) -> ReIDOutput:
         """One pass of the tower over the three modalities stacked, then each step by modality.
 
@@ -180,10 +187,11 @@ class TriModalReID(nn.Module):
         stacked = torch.cat([images[m] for m in MODALITIES])
         every = None if cameras is None else cameras.repeat(len(MODALITIES))
         masks: dict[str, Tensor] = {}
+        soft: dict[str, Tensor] = {}
         if self.inside is None:
             out = self.backbone(stacked, every)
         else:
-            out, masks = self._pruned(stacked, every, images)
+            out, masks, soft = self._pruned(stacked, every, images)
         tokens = rearrange(out, "(m b) n c -> m b n c", m=len(MODALITIES))
         cls = {m: tokens[i, :, 0] for i, m in enumerate(MODALITIES)}
         patches = {m: tokens[i, :, 1:] for i, m in enumerate(MODALITIES)}
@@ -195,16 +203,18 @@ class TriModalReID(nn.Module):
         if self.tokens is not None:
             guides = self._present(glob if self.guide == "pife" else cls, images)
             enhanced = self.tokens(patches, guides)
-            masks = masks or enhanced.masks
+            masks, soft = masks or enhanced.masks, soft or enhanced.soft
             features["sdtps"] = torch.cat([mean_over_tokens(enhanced.tokens[m], self.masked_mean) for m in MODALITIES], -1)
         if not self.training:
-            return ReIDOutput(features, {}, masks)
+            return ReIDOutput(features, {}, masks, soft)
         # The norm and the losses couple the samples of a batch: they see the whole of it, whatever the number of processes.
         features = {name: gather(feature) for name, feature in features.items()}
-        return ReIDOutput(features, {name: self.heads[name](feature) for name, feature in features.items()}, masks)
+        return ReIDOutput(features, {name: self.heads[name](feature) for name, feature in features.items()}, masks, soft)
 
-    def _pruned(self, stacked: Tensor, cameras: Tensor | None, images: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The tower with its tokens reduced after `inside_after` blocks, and the decision masks over the patches."""
+    def _pruned(
+        self, stacked: Tensor, cameras: Tensor | None, images: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The tower with its tokens reduced after `inside_after` blocks, and the masks over the patches, decided and soft."""
         tower = cast(CLIPVisionTransformer, self.backbone)
         hidden = tower.run(tower.embed(stacked, tower.camera_shift(cameras)), 0, self.inside_after)
         by_modality = rearrange(hidden, "(m b) n c -> m b n c", m=len(MODALITIES))
@@ -213,7 +223,7 @@ class TriModalReID(nn.Module):
         assert self.inside is not None
         reduced = self.inside(patches, self._present(cls, images))
         left = torch.cat([torch.cat([cls[m][:, None], reduced.tokens[m]], 1) for m in MODALITIES])
-        return tower.project(tower.run(left, self.inside_after, None)), reduced.masks
+        return tower.project(tower.run(left, self.inside_after, None)), reduced.masks, reduced.soft
 
     def _present(self, guides: dict[str, Tensor], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.missing_guide == "keep":

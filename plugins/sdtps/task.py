@@ -6,7 +6,8 @@ parameter here, and the release's hidden ones are named (`backbone_lr`, `bias_lr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,20 +19,27 @@ from torch import Tensor, nn
 from core.data import Stream, to_device
 from core.distributed import gather
 from core.metrics import reid
+from core.options import require_choice, require_fraction, require_idle
 from core.profile import TokenReport, token_reports
 from core.registry import register
 from core.task import DataCard, StepResult, Table, Task
 from plugins.sdtps.augmentation import EvalTransform, TrainTransform
 from plugins.sdtps.clip_vit import CameraEmbedding
 from plugins.sdtps.datasets import RGBNT201, Layout, Split, TriSpectralImages
+from plugins.sdtps.multimodal import MultiModalSDTPS
 from plugins.sdtps.reid_losses import BatchHardTriplet, LabelSmoothedCrossEntropy
 from plugins.sdtps.reid_model import MODALITIES, TriModalReID, pattern
 from plugins.sdtps.rgbnt_sample import rgbnt_sample
 from plugins.sdtps.sampler import PKPlan
+from plugins.sdtps.token_sparse import ratio_loss
 
 MISSING = (("rgb",), ("nir",), ("tir",), ("rgb", "nir"), ("rgb", "tir"), ("nir", "tir"))
-PUBLISHED_IDENTITIES, PUBLISHED_CAMERAS = 171, 4
 RANKS = (1, 5, 10)
+
+
+def _descriptors(branches: Iterable[str]) -> list[Literal["ori", "branch", "both"]]:
+    """What can be evaluated of a model with these branches."""
+    return ["ori", "branch", "both"] if any(not name.startswith("ori") for name in branches) else ["ori"]
 
 
 @register("task", paper="SDTPS final note on DeMo, AAAI 2025")
@@ -47,13 +55,17 @@ class ReID(Task):
         identity_loss, metric_loss: constructors of the two losses.
         identity_weight, metric_weight: their weights in every branch.
         branch_weights: weight of a branch by name (`ori`, `sdtps`, or `ori_rgb` …); 1 where absent.
-        junk: which gallery images of the same identity do not count: same `camera`, same `scene`, or `none`.
+        junk: which gallery images of the same identity do not count: same `camera`, same `scene`, or `none`; None is the data
+            set's own protocol (`Layout.junk`). It is part of the metrics' names.
         feature: the evaluated descriptor, `ori`, `branch` or `both`; the others are reported beside it.
+        feat_norm: divide each descriptor by its Euclidean norm before distances are taken.
+        ratio_weight: weight of SEPS's ratio constraint on the soft masks, see `_ratio`; 0 is off.
+        ratio_target: the share of tokens that it asks for; None is the selection's `sparse_ratio`.
         eval_batch: images a forward pass in evaluation.
         workers: loader processes.
         cache: keep decoded, resized images in memory.
         backbone_lr: learning rate of the tower; None uses the optimiser's. The release's is 5e-6, hidden in its optimiser builder.
-        bias_lr_scale: factor on the rate of biases outside the tower; the release's is 2.
+        bias_lr_scale: factor on the rate of biases outside the tower, whose own rate stands above it in the release; 2 there.
         sample_seed: names the generated sample.
         published: published values of this configuration by metric name.
     """
@@ -72,8 +84,11 @@ class ReID(Task):
         identity_weight: float = 0.25,
         metric_weight: float = 1.0,
         branch_weights: dict[str, float] | None = None,
-        junk: Literal["camera", "scene", "none"] = "camera",
+        junk: Literal["camera", "scene", "none"] | None = None,
         feature: Literal["ori", "branch", "both"] = "both",
+        feat_norm: bool = True,
+        ratio_weight: float = 0.0,
+        ratio_target: float | None = None,
         eval_batch: int = 64,
         workers: int = 0,
         cache: bool = False,
@@ -88,12 +103,22 @@ class ReID(Task):
             )
         if eval_batch < 1:
             raise ValueError(f"eval_batch must be at least 1, got {eval_batch}")
+        if junk is not None:
+            require_choice("junk", junk, reid.Junk)
+        require_choice("feature", feature, Literal["ori", "branch", "both"])
+        if ratio_weight < 0:
+            raise ValueError(f"ratio_weight must be 0 (off) or more, got {ratio_weight}")
+        if ratio_weight == 0:
+            require_idle(ReID, {"ratio_target": ratio_target}, "ratio_weight = 0 takes no ratio loss")
+        elif ratio_target is not None:
+            require_fraction("ratio_target", ratio_target)
         self.root, self.layout, self.network, self.plan = root, layout, network, plan
         self.train_transform, self.eval_transform = train_transform(), eval_transform()
         self.identity_loss, self.metric_loss = identity_loss(), metric_loss()
         self.identity_weight, self.metric_weight = identity_weight, metric_weight
         self.branch_weights = dict(branch_weights or {})
-        self.junk: reid.Junk = junk
+        self._junk: reid.Junk | None = junk
+        self.feat_norm, self.ratio_weight, self.ratio_target = feat_norm, ratio_weight, ratio_target
         self.feature: Literal["ori", "branch", "both"] = feature
         self.eval_batch, self.workers, self.cache = eval_batch, workers, cache
         self.backbone_lr, self.bias_lr_scale, self.sample_seed = backbone_lr, bias_lr_scale, sample_seed
@@ -101,6 +126,11 @@ class ReID(Task):
         self.reports: dict[str, TokenReport] = {}
 
     # --- data
+
+    @property
+    def junk(self) -> reid.Junk:
+        """The protocol: the option, or that of the prepared data set."""
+        return self.data.junk if self._junk is None else self._junk
 
     def prepare(self, workspace: Path) -> DataCard:
         sample = self.root is None
@@ -140,10 +170,43 @@ class ReID(Task):
 
     def model(self) -> nn.Module:
         model = self.network(identities=len(self.data.train.identities), cameras=len(self.camera_index))
+        self._require_branches(model)
+        if self.ratio_weight:
+            self._require_ratio(model)
         embedding = getattr(getattr(model, "backbone", None), "camera", None)
         if isinstance(embedding, CameraEmbedding) and embedding.unseen == "error":
             self._require_seen_cameras()
         return model
+
+    def _require_branches(self, model: nn.Module) -> None:
+        """ValueError if the descriptor or a weight is of a branch that the model has not; a model of one's own need not tell."""
+        branches: tuple[str, ...] | None = getattr(model, "branches", None)
+        if branches is None:
+            return
+        if self.feature not in _descriptors(branches):
+            raise ValueError(
+                f"ReID.feature is {self.feature!r}, but the model has no token branch (it gives {', '.join(branches)}); set ReID.feature = 'ori', "
+                "or give TriModalReID.tokens a token module"
+            )
+        self._require_weighted(branches)
+
+    def _require_weighted(self, branches: Iterable[str]) -> None:
+        unknown = sorted(set(self.branch_weights) - set(branches))
+        if unknown:
+            raise ValueError(
+                f"branch_weights names {unknown[0]!r}; this model has {', '.join(branches)}; take it out or use one of these"
+            )
+
+    def _require_ratio(self, model: nn.Module) -> None:
+        """ValueError unless the model's selection has masks whose share can move."""
+        modules = [getattr(model, name, None) for name in ("inside", "tokens")]
+        moving = [m.selectors[0] for m in modules if isinstance(m, MultiModalSDTPS) and m.selectors[0].ratio_moves]
+        if not moving:
+            raise ValueError(
+                f"ReID.ratio_weight = {self.ratio_weight} needs soft masks whose share depends on the scores; set TokenSparse.use_gumbel = True "
+                "with relaxation = 'sigmoid', or selection = 'relaxed', or ratio_weight = 0"
+            )
+        self._target = moving[0].sparse_ratio if self.ratio_target is None else self.ratio_target
 
     def _require_seen_cameras(self) -> None:
         """ValueError if a test image is of a camera without an embedding: found now, not by the first evaluation."""
@@ -163,7 +226,7 @@ class ReID(Task):
         if self.backbone_lr is not None:
             rules.append((r"^backbone\.(?!camera\.)", {"lr": self.backbone_lr}))
         if self.bias_lr_scale != 1.0:
-            rules.append((r"bias$", {"lr_scale": self.bias_lr_scale}))
+            rules.append((r"^(?!backbone\.).*bias$", {"lr_scale": self.bias_lr_scale}))
         return rules
 
     def _cameras(self, cameras: Tensor | Sequence[int]) -> Tensor:
@@ -174,9 +237,7 @@ class ReID(Task):
     def losses(self, model: nn.Module, batch: Any, step: int) -> StepResult:
         output = model({m: batch[m] for m in MODALITIES}, batch["camera"])
         identities = gather(batch["pid"])
-        unknown = set(self.branch_weights) - set(output.features)
-        if unknown:
-            raise ValueError(f"branch_weights names {sorted(unknown)[0]!r}; this model has {', '.join(output.features)}")
+        self._require_weighted(output.features)
         losses = {}
         for branch, feature in output.features.items():
             weight = self.branch_weights.get(branch, 1.0)
@@ -184,8 +245,19 @@ class ReID(Task):
                 losses[f"{branch}_id"] = weight * self.identity_weight * self.identity_loss(output.scores[branch], identities)
             if self.metric_weight:
                 losses[f"{branch}_triplet"] = weight * self.metric_weight * self.metric_loss(feature, identities)
+        if self.ratio_weight:
+            losses["ratio"] = self.ratio_weight * self._ratio(output.soft)
         accuracy = {f"{b}_accuracy": (s.argmax(-1) == identities).float().mean() for b, s in output.scores.items()}
         return StepResult(losses, accuracy)
+
+    def _ratio(self, soft: Mapping[str, Tensor]) -> Tensor:
+        """(target - mean of the soft mask)^2 of the global batch, mean over modalities.
+
+        SEPS's term sums over two masks of the same patches; here each modality's patches have one, so its weight is 1. The mask
+        is taken soft: a straight-through mask has k ones in value, whatever the scores, and a top-k of it no gradient at the target.
+        """
+        each = [ratio_loss([gather(mask)], self._target) for mask in soft.values()]
+        return torch.stack(each).mean()
 
     # --- evaluation
 
@@ -213,12 +285,13 @@ class ReID(Task):
         same = self.sides["gallery"] is self.sides["query"]
         gallery = query if same else self._features(model, self.sides["gallery"], missing)
         sides = self._labels(self.data.query), self._labels(self.data.gallery)
-        which: list[Literal["ori", "branch", "both"]] = (
-            ["ori", "branch", "both"] if any(not k.startswith("ori") for k in query) else ["ori"]
-        )
+        which = _descriptors(query)
         if self.feature not in which:
             raise ValueError(f"ReID.feature is {self.feature!r}, but the model has no token branch; set it to 'ori'")
-        return {w: reid.evaluate_features(pattern(query, w), pattern(gallery, w), *sides, junk=self.junk) for w in which}
+        return {
+            w: reid.evaluate_features(pattern(query, w), pattern(gallery, w), *sides, junk=self.junk, normalise=self.feat_norm)
+            for w in which
+        }
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         results = self._score(model)
@@ -313,9 +386,17 @@ class ReID(Task):
     # --- for the profiler
 
     def blueprint(self) -> nn.Module:
+        return self.model() if hasattr(self, "data") else self.network(**self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        """Identities and cameras of the training images; before there are any, those that the data set was published with."""
         if hasattr(self, "data"):
-            return self.model()
-        return self.network(identities=PUBLISHED_IDENTITIES, cameras=PUBLISHED_CAMERAS)
+            return {"identities": len(self.data.train.identities), "cameras": len(self.camera_index)}
+        layout: Any = self.layout
+        while isinstance(layout, functools.partial):
+            layout = layout.func
+        train = getattr(layout, "published", RGBNT201.published)["train"]
+        return {"identities": train.identities, "cameras": train.cameras}
 
     def unpruned(self, model: nn.Module) -> nn.Module | None:
         if getattr(model, "tokens", None) is None and getattr(model, "inside", None) is None:
@@ -323,9 +404,7 @@ class ReID(Task):
         plain: dict[str, Any] = {"tokens": None, "inside": None}
         if isinstance(model, TriModalReID):  # without a token module these would have no effect, and that is an error
             plain |= {"guide": "pife", "inside_after": 1, "masked_mean": True, "missing_guide": "keep"}
-        if hasattr(self, "data"):
-            return self.network(identities=len(self.data.train.identities), cameras=len(self.camera_index), **plain)
-        return self.network(identities=PUBLISHED_IDENTITIES, cameras=PUBLISHED_CAMERAS, **plain)
+        return self.network(**self._sizes(), **plain)
 
     def profile_inputs(self, batch: int = 1) -> tuple[Any, ...]:
         height, width = self.eval_transform.size
