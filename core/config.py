@@ -15,7 +15,9 @@ import ast
 import dataclasses
 import functools
 import hashlib
+import importlib
 import inspect
+import math
 import re
 import tokenize
 import typing
@@ -144,18 +146,19 @@ class Config:
     bindings: dict[str, Binding]
     shadowed: dict[str, list[Binding]]
     files: tuple[str, ...]
+    imports: dict[str, str] = dataclasses.field(default_factory=dict)  # modules outside the plugins, and where each was asked for
 
-    def resolve(self, value: Any) -> Any:
-        """A value with its macros replaced."""
-        if isinstance(value, Macro):
-            bound = self.bindings.get(value.name)
-            return self.resolve(bound.value) if bound else value
+    def resolve(self, value: Any, _through: frozenset[str] = frozenset()) -> Any:
+        """A value with its macros replaced; one that leads to itself stays as it is."""
+        while isinstance(value, Macro) and value.name in self.bindings and value.name not in _through:
+            _through |= {value.name}
+            value = self.bindings[value.name].value
         if isinstance(value, list):
-            return [self.resolve(v) for v in value]
+            return [self.resolve(v, _through) for v in value]
         if isinstance(value, tuple):
-            return tuple(self.resolve(v) for v in value)
+            return tuple(self.resolve(v, _through) for v in value)
         if isinstance(value, dict):
-            return {self.resolve(k): self.resolve(v) for k, v in value.items()}
+            return {self.resolve(k, _through): self.resolve(v, _through) for k, v in value.items()}
         return value
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -164,11 +167,12 @@ class Config:
         return default if bound is None else self.resolve(bound.value)
 
     def text(self) -> str:
-        """The canonical gin text: macros that are used first, then bindings, each sorted, all names in full."""
+        """The canonical gin text: imports and macros that are used first, then bindings, each sorted, all names in full."""
         used = _reached([b.value for b in self.bindings.values() if not b.is_macro], self.bindings)
         macros = sorted((b for b in self.bindings.values() if b.is_macro and b.key in used), key=lambda b: b.key)
         rest = sorted((b for b in self.bindings.values() if not b.is_macro), key=lambda b: b.key)
-        return "".join(f"{b.key} = {format_value(b.value)}\n" for b in macros + rest)
+        imports = "".join(f"import {module}\n" for module in sorted(self.imports))
+        return imports + "".join(f"{b.key} = {format_value(b.value)}\n" for b in macros + rest)
 
     def effective(self) -> dict[str, str]:
         """Every parameter binding with macros replaced, as text: what makes two configs the same run."""
@@ -176,8 +180,9 @@ class Config:
 
     @property
     def signature(self) -> str:
-        """Eight hex digits that name this run: a hash of the effective bindings."""
-        canonical = "\n".join(f"{k} = {v}" for k, v in sorted(self.effective().items()))
+        """Eight hex digits that name this run: a hash of the effective bindings, and of what is imported beside the plugins."""
+        imports = [f"import {module}" for module in sorted(self.imports)]
+        canonical = "\n".join([*imports, *(f"{k} = {v}" for k, v in sorted(self.effective().items()))])
         return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
     @property
@@ -193,7 +198,7 @@ class Config:
 
     def plugins(self) -> list[str]:
         """The plugins this config needs."""
-        return sorted({registry.find(name).plugin for name in self.components()} - {"core"})
+        return sorted({registry.find(name).plugin for name in self.components()} & registry.plugins().keys())
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -249,12 +254,19 @@ def _below(path: Path, roots: Iterable[Path]) -> bool:
     return any(resolved.is_relative_to(root.resolve()) for root in roots)
 
 
+def _no_parameter(name: str, known: Sequence[str]) -> str:
+    near = registry.nearest(name, known)
+    return f"no parameter {name!r}; " + (f"nearest: {', '.join(near)}" if near else f"it has: {', '.join(known) or 'none'}")
+
+
 class _Reader:
     def __init__(self, allow_imports: bool):
         self.allow_imports = allow_imports
         self.problems: list[str] = []
         self.statements: list[tuple[Binding, str]] = []  # with the file that holds it
         self.files: list[str] = []
+        self.imports: dict[str, str] = {}
+        self.broken: set[str] = set()  # plugins of which it has been said
         self.roots: list[Path] = [config_root()] + [p.folder for p in registry.plugins().values() if p.folder]
 
     def file(self, path: Path, chain: tuple[Path, ...] = ()) -> None:
@@ -265,7 +277,7 @@ class _Reader:
             return
         self.files.append(str(path))
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             self.problems.append(f"{path}: cannot be read: {error}")
             return
@@ -296,8 +308,8 @@ class _Reader:
         except SyntaxError as error:
             line = f":{error.lineno}" if error.lineno and source is None else ""
             self.problems.append(f"{source or label}{'' if source else line}: {str(error.msg).strip()}")
-        except (ValueError, tokenize.TokenError) as error:  # the tokenizer's own error: a bracket that is never closed
-            self.problems.append(f"{source or label}: {error.args[0]}")
+        except _UNREADABLE as error:
+            self.problems.append(f"{source or label}: {_reason(error)}")
 
     def include(self, name: str, where: str, folder: Path, chain: tuple[Path, ...]) -> None:
         try:
@@ -314,7 +326,14 @@ class _Reader:
 
     def importing(self, module: str, where: str) -> None:
         packages = ["core", *(p.package for p in registry.plugins().values())]
-        if self.allow_imports or any(module == p or module.startswith(p + ".") for p in packages):
+        if any(module == p or module.startswith(p + ".") for p in packages):
+            return
+        if self.allow_imports:
+            try:
+                registry.add_module(module)
+                self.imports.setdefault(module, where)
+            except (ValueError, ImportError) as error:
+                self.problems.append(f"{where}: import {module}: {error}")
             return
         self.problems.append(
             f"{where}: `import {module}` would execute it; gin files import only installed plugins, which are found by name anyway. "
@@ -330,16 +349,24 @@ class _Reader:
         except KeyError as error:
             self.problems.append(f"{where}: {error.args[0]}")
             return None
+        self.usable(component, where)
         names = [p.name for p in component.parameters]
         if component.parameter(statement.arg_name) is None and not component.open_keywords:
-            near = registry.nearest(statement.arg_name, names)
-            hint = f"nearest: {', '.join(near)}" if near else f"it has: {', '.join(names) or 'none'}"
-            self.problems.append(f"{where}: {component.name} has no parameter {statement.arg_name!r}; {hint}")
+            self.problems.append(f"{where}: {component.name} has {_no_parameter(statement.arg_name, names)}")
             return None
         if statement.arg_name in component.denied:
             self.problems.append(f"{where}: {component.name}.{statement.arg_name} is supplied by the program and cannot be bound")
             return None
         return Binding(statement.scope, component.name, statement.arg_name, self.full(statement.value, where), where)
+
+    def usable(self, component: registry.Component, where: str) -> None:
+        """Say once of a plugin that its component cannot be had, where that is known without importing it."""
+        cause = registry.plugin_problems().get(component.plugin)
+        if cause and component.plugin not in self.broken:
+            self.broken.add(component.plugin)
+            self.problems.append(
+                f"{where}: {component.name}: plugin {component.plugin!r} (distribution {component.distribution}) is broken: {cause}"
+            )
 
     def full(self, value: Any, where: str) -> Any:
         """A value with references in full names."""
@@ -350,10 +377,16 @@ class _Reader:
                 )
                 return value
             try:
-                return dataclasses.replace(value, name=registry.find(value.name).name)
+                component = registry.find(value.name)
             except KeyError as error:
                 self.problems.append(f"{where}: {value}: {error.args[0]}")
                 return value
+            self.usable(component, where)
+            return dataclasses.replace(value, name=component.name)
+        if _infinite(value):
+            self.problems.append(
+                f"{where}: {value} is no value: gin writes finite numbers only; give one, or None where it may be left out"
+            )
         if isinstance(value, list):
             return [self.full(v, where) for v in value]
         if isinstance(value, tuple):
@@ -381,7 +414,7 @@ class Draft:
     bindings: dict[str, Binding]
     shadowed: dict[str, list[Binding]]
     problems: list[str]
-    allow_imports: bool = False
+    imports: dict[str, str]
     _parsed: dict[str, tuple[list[Binding], list[str]]] = dataclasses.field(default_factory=dict, repr=False)
 
     def config(self, overrides: Sequence[str] = ()) -> Config:
@@ -404,7 +437,7 @@ class Draft:
                 if binding.key in winning:
                     shadowed.setdefault(binding.key, []).append(winning[binding.key])
                 winning[binding.key] = binding
-        config = Config(self.file, tuple(overrides), winning, shadowed, self.files)
+        config = Config(self.file, tuple(overrides), winning, shadowed, self.files, self.imports)
         problems += _check_macros(config) + _check_types(config)
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
@@ -419,16 +452,22 @@ class Draft:
         winning = dict(self.bindings)
         for override in overrides:
             winning.update((binding.key, binding) for binding in self._override(override)[0])
-        return Config(self.file, tuple(overrides), winning, {}, self.files).text()
+        return Config(self.file, tuple(overrides), winning, {}, self.files, self.imports).text()
 
     def _override(self, override: str) -> tuple[list[Binding], list[str]]:
         if override not in self._parsed:
             label = f"--set {override}"
             name, equals, value = override.partition("=")
-            if not equals or not name.strip():
+            if not _encodable(override):
+                shown = label.encode("utf-8", "backslashreplace").decode()
+                self._parsed[override] = [], [f"{shown}: these bytes are not UTF-8; write the value in UTF-8"]
+            elif not equals or not name.strip():
                 self._parsed[override] = [], [f"{label}: want NAME=VALUE, e.g. --set train.steps=100"]
+            elif not _NAME.fullmatch(name.strip()) or "\n" in value or "\r" in value:
+                shown = label.replace("\n", "\\n").replace("\r", "\\r")
+                self._parsed[override] = [], [f"{shown}: one --set is one NAME=VALUE on one line; give --set once for each"]
             else:
-                reader = _Reader(self.allow_imports)
+                reader = _Reader(allow_imports=False)
                 text = f"{name.strip()} = {quoted(value.strip())}\n"
                 reader.parse(text, label, self.path.parent, (self.path.resolve(),), source=label)
                 self._parsed[override] = reader.bindings(), reader.problems
@@ -450,7 +489,7 @@ def draft(file: str, *, allow_imports: bool = False) -> Draft:
         if binding.key in winning:
             shadowed.setdefault(binding.key, []).append(winning[binding.key])
         winning[binding.key] = binding
-    return Draft(str(file), path, tuple(reader.files), winning, shadowed, reader.problems, allow_imports)
+    return Draft(str(file), path, tuple(reader.files), winning, shadowed, reader.problems, reader.imports)
 
 
 def read(file: str, overrides: Sequence[str] = (), *, allow_imports: bool = False) -> Config:
@@ -459,7 +498,8 @@ def read(file: str, overrides: Sequence[str] = (), *, allow_imports: bool = Fals
     Args:
         file: a path, a path below the config root, or `plugin:file`.
         overrides: statements `name.parameter=value` or `MACRO=value`; strings may be written without quotes.
-        allow_imports: let `import` statements name modules outside the plugins.
+        allow_imports: let `import` statements name modules outside the plugins. What they register may be used in the lines
+            that follow; as of a plugin, only their source is read here, and `apply` imports them.
 
     Raises:
         ConfigError: with every problem at once: syntax, unknown names (with the nearest), wrong types, duplicates,
@@ -480,7 +520,7 @@ def read_keys(path: Path, annotations: Mapping[str, str]) -> dict[str, Any]:
             anything that is not a key (bindings, references, macros, imports, includes).
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: cannot be read: {error}"]) from None
     return parse_keys(text, str(path), annotations)
@@ -494,8 +534,8 @@ def parse_keys(text: str, label: str, annotations: Mapping[str, str]) -> dict[st
         statements = list(config_parser.ConfigParser(text, _Delegate()))
     except SyntaxError as error:
         raise ConfigError([f"{label}{f':{error.lineno}' if error.lineno else ''}: {str(error.msg).strip()}"]) from None
-    except (ValueError, tokenize.TokenError) as error:
-        raise ConfigError([f"{label}: {error.args[0]}"]) from None
+    except _UNREADABLE as error:
+        raise ConfigError([f"{label}: {_reason(error)}"]) from None
     for statement in statements:
         where = f"{label}:{statement.location.line_num}" if "\n" in text else label
         if not isinstance(statement, config_parser.BindingStatement) or statement.arg_name or statement.scope:
@@ -507,6 +547,8 @@ def parse_keys(text: str, label: str, annotations: Mapping[str, str]) -> dict[st
             problems.append(f"{where}: no key {key!r}; {'nearest' if near else 'there are'}: {', '.join(near or annotations)}")
         elif key in found:
             problems.append(f"{where}: {key} is given twice; remove one")
+        elif any(map(_infinite, _walk(value))):
+            problems.append(f"{where}: {key} = {format_value(value)}: numbers have to be finite")
         elif any(isinstance(v, (Reference, Macro)) for v in _walk(value)) or not accepts(annotations[key], value):
             problems.append(f"{where}: {key} must be {annotations[key]}, got {format_value(value)} ({type(value).__name__})")
         else:
@@ -522,7 +564,49 @@ def quoted(text: str) -> str:
         config_parser.ConfigParser(f"x = {text}\n", _Delegate()).parse_statement()
     except (SyntaxError, ValueError, tokenize.TokenError):
         return repr(text)
+    except _UNREADABLE:  # it parses and is no value: said where it is read
+        return text
     return text
+
+
+_NAME = re.compile(r"\w+([./]\w+)*")
+# A bracket that is never closed is an error of the tokenizer's own; `{[1]: 2}` a TypeError; thousands of brackets are too deep.
+_UNREADABLE = (ValueError, TypeError, RecursionError, MemoryError, tokenize.TokenError)
+
+
+def _reason(error: BaseException) -> str:
+    return f"cannot be read: {error}" if isinstance(error, (TypeError, RecursionError, MemoryError)) else str(error.args[0])
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _infinite(value: Any) -> bool:
+    """Whether a value is a number that is not finite: Python reads `1e400`, and writes what gin cannot read."""
+    return isinstance(value, (float, complex)) and not (math.isfinite(value.real) and math.isfinite(value.imag))
+
+
+def _cycles(macros: Mapping[str, Binding]) -> Iterator[list[str]]:
+    """Macros that lead back to themselves, each circle with its first name again at the end."""
+    left = {name: {v.name for v in _walk(b.value) if isinstance(v, Macro)} for name, b in macros.items()}
+    while True:
+        while leaves := [name for name, targets in left.items() if not targets & left.keys()]:
+            for name in leaves:
+                del left[name]
+        if not left:
+            return
+        path = [min(left)]
+        while (following := min(left[path[-1]] & left.keys())) not in path:
+            path.append(following)
+        circle = path[path.index(following) :]
+        yield [*circle, following]
+        for name in circle:
+            del left[name]
 
 
 def _check_macros(config: Config) -> list[str]:
@@ -552,6 +636,11 @@ def _check_macros(config: Config) -> list[str]:
                     queue.append(macros[value.name])
     # What a stronger binding has replaced still explains a macro of a file; one given by --set must do something.
     mentioned = _reached([b.value for old in config.shadowed.values() for b in old], config.bindings)
+    for circle in _cycles(macros):
+        problems.append(
+            f"{macros[circle[0]].source}: macro {circle[0]} leads back to itself: {' -> '.join(circle)}; give one a value"
+        )
+        used.update(circle)
     for name, macro in macros.items():
         if name not in used and (name not in mentioned or macro.source.startswith("--set ")):
             near = registry.nearest(name, set(macros) - {name} & used)
@@ -617,7 +706,7 @@ def _fits(node: ast.expr, value: Any) -> bool:
         head = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", "")
         inner = list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
         if head == "Literal":
-            return any(isinstance(i, ast.Constant) and i.value == value and type(i.value) is type(value) for i in inner)
+            return any(_is_literal(i, value) for i in inner)
         if head == "Optional":
             return value is None or _fits(inner[0], value)
         if head == "Union":
@@ -637,20 +726,31 @@ def _fits(node: ast.expr, value: Any) -> bool:
     return True
 
 
+def _is_literal(node: ast.expr, value: Any) -> bool:
+    """Whether an element of `Literal[…]` is the value; a name, which cannot be decided from the text, may be."""
+    try:
+        written = ast.literal_eval(node)
+    except ValueError:
+        return True
+    return type(written) is type(value) and bool(written == value)
+
+
 def _check_types(config: Config) -> list[str]:
     problems = []
     for binding in config.bindings.values():
-        if binding.is_macro:
-            continue
-        parameter = registry.find(binding.selector).parameter(binding.argument)
-        value = config.resolve(binding.value)
-        if parameter and not accepts(parameter.annotation, value):
-            via = f" (through {binding.value})" if isinstance(binding.value, Macro) else ""
-            source = config.bindings[binding.value.name].source if via and binding.value.name in config.bindings else binding.source
-            problems.append(
-                f"{source}: {binding.key} must be {parameter.annotation}, got {format_value(value)} ({type(value).__name__}){via}"
-            )
+        parameter = None if binding.is_macro else registry.find(binding.selector).parameter(binding.argument)
+        problems += _misfit(config, binding, parameter.annotation) if parameter else []
     return problems
+
+
+def _misfit(config: Config, binding: Binding, annotation: str | None) -> list[str]:
+    """What is wrong with the type of a binding's value, if anything."""
+    value = config.resolve(binding.value)
+    if accepts(annotation, value) or any(isinstance(v, Macro) or _infinite(v) for v in _walk(value)):
+        return []  # what is infinite, or has macros that lead nowhere, is wrong whatever the type and said so already
+    via = f" (through {binding.value})" if isinstance(binding.value, Macro) else ""
+    source = config.bindings[binding.value.name].source if via and binding.value.name in config.bindings else binding.source
+    return [f"{source}: {binding.key} must be {annotation}, got {format_value(value)} ({type(value).__name__}){via}"]
 
 
 # --- explaining -------------------------------------------------------------------------------------------------------
@@ -662,9 +762,7 @@ def why(config: Config, name: str) -> list[str]:
     Raises:
         ConfigError: if there is no such name.
     """
-    key = name
-    lines = []
-    component = None
+    key, component, argument = name, None, ""
     if name not in config.bindings and "." in name:
         head, argument = name.rsplit(".", 1)
         scope, _, selector = head.rpartition("/")
@@ -672,38 +770,70 @@ def why(config: Config, name: str) -> list[str]:
             component = registry.find(selector)
         except KeyError as error:
             raise ConfigError([str(error.args[0])]) from None
-        if component.parameter(argument) is None:
-            near = registry.nearest(argument, [p.name for p in component.parameters])
-            raise ConfigError([f"{component.name} has no parameter {argument!r}; nearest: {', '.join(near) or 'none'}"])
         key = (f"{scope}/" if scope else "") + f"{component.name}.{argument}"
-    bound = config.bindings.get(key)
+        if component.parameter(argument) is None and _in_force(config, key) is None:
+            near = registry.nearest(argument, [p.name for p in component.parameters])
+            unseen = ", as far as its source says" if component.open_keywords else ""
+            raise ConfigError([f"{component.name} has no parameter {argument!r}{unseen}; nearest: {', '.join(near) or 'none'}"])
+    bound = _in_force(config, key)
     if bound is None and component is None:
         near = registry.nearest(name, config.bindings)
         raise ConfigError([f"nothing is called {name!r} here; nearest: {', '.join(near) or 'none'}"])
+    lines = []
     if bound is not None:
         shown = format_value(bound.value)
         resolved = format_value(config.resolve(bound.value))
         lines.append(f"{key} = {resolved}" + (f"   (written {shown})" if shown != resolved else ""))
-        lines.append(f"  set by      {bound.source}")
-        for value in _walk(bound.value):
-            if isinstance(value, Macro) and value.name in config.bindings:
-                macro = config.bindings[value.name]
-                lines.append(f"  {'%' + value.name:<11} {macro.source}: {format_value(macro.value)}")
-                lines += [
-                    f"  shadows     {old.source}: {format_value(old.value)}"
-                    for old in reversed(config.shadowed.get(value.name, []))
-                ]
-        lines += [f"  shadows     {old.source}: {format_value(old.value)}" for old in reversed(config.shadowed.get(key, []))]
+        outer = "" if bound.key == key else f"   ({bound.key}, which holds in the scope too)"
+        lines.append(f"  set by      {bound.source}{outer}")
+        for macro in _chain(bound.value, config.bindings):
+            lines.append(f"  {'%' + macro.key:<11} {macro.source}: {format_value(macro.value)}")
+            lines += _shadows(config.shadowed.get(macro.key, []))
+        lines += _shadows(config.shadowed.get(bound.key, []))
+        for wider in _wider(key) if not bound.is_macro else ():
+            if wider in config.bindings and len(wider) < len(bound.key):
+                lines += _shadows([*config.shadowed.get(wider, []), config.bindings[wider]], f" ({wider})")
         if not bound.is_macro:
-            component = registry.find(bound.selector)
+            component, argument = registry.find(bound.selector), bound.argument
     if component is not None:
-        argument = key.rsplit(".", 1)[1]
         parameter = component.parameter(argument)
-        default = parameter.default if parameter and parameter.default is not None else "(none: required)"
-        if bound is None:
-            lines.append(f"{key} = {default}   (the constructor's default)")
-        lines.append(f"  default     {component.file}:{component.line}: {default}")
+        if parameter is not None:
+            default = parameter.default if parameter.default is not None else "(none: required)"
+            if bound is None:
+                lines.append(f"{key} = {default}   (the constructor's default)")
+            lines.append(f"  default     {component.file}:{component.line}: {default}")
     return lines
+
+
+def _wider(key: str) -> list[str]:
+    """The key of a parameter, then in the scopes around its own, as gin looks a value up: `a/b/x.y`, `a/x.y`, `x.y`."""
+    scope, _, rest = key.rpartition("/")
+    parts = scope.split("/") if scope else []
+    return ["/".join([*parts[:depth], rest]) for depth in range(len(parts), -1, -1)]
+
+
+def _in_force(config: Config, key: str) -> Binding | None:
+    """The binding that gives the value of a macro, or of a parameter in a scope."""
+    exact = config.bindings.get(key)
+    if exact is not None or "." not in key:
+        return exact
+    return next((config.bindings[k] for k in _wider(key) if k in config.bindings and not config.bindings[k].is_macro), None)
+
+
+def _chain(value: Any, bindings: Mapping[str, Binding]) -> list[Binding]:
+    """The macros that a value refers to and those that they refer to, each once, in order."""
+    found: dict[str, Binding] = {}
+    queue = [value]
+    while queue:
+        for part in _walk(queue.pop(0)):
+            if isinstance(part, Macro) and part.name in bindings and part.name not in found:
+                found[part.name] = bindings[part.name]
+                queue.append(bindings[part.name].value)
+    return list(found.values())
+
+
+def _shadows(weaker: Sequence[Binding], remark: str = "") -> list[str]:
+    return [f"  shadows     {old.source}: {format_value(old.value)}{remark}" for old in reversed(weaker)]
 
 
 def difference(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, str | None, str | None]]:
@@ -719,17 +849,46 @@ def apply(config: Config) -> None:
 
     Raises:
         registry.PluginError: if a plugin that this config names does not import.
-        ConfigError: if a component is given where another kind of object is wanted.
+        ConfigError: if a module that the file imports cannot be, or if now that all is imported a component turns out to be
+            given where another kind of object is wanted, or a binding not to fit a constructor that the source does not show.
     """
     import gin
 
+    for module, where in config.imports.items():
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # somebody's module may raise anything at all
+            raise ConfigError([f"{where}: import {module}: {type(error).__name__}: {error}"]) from error
     for name in config.components():
         registry.load_component(name)
-    problems = _check_references(config)
+    problems = _check_constructors(config) or _check_references(config)
     if problems:
         raise ConfigError(problems)
     gin.clear_config()
     gin.parse_config(config.text())
+
+
+def _check_constructors(config: Config) -> list[str]:
+    """Bindings of constructors that the source does not show whole: names and types, now that the classes are there."""
+    known = registry.registered()
+    problems = []
+    for binding in config.bindings.values():
+        if binding.is_macro or not registry.find(binding.selector).open_keywords:
+            continue
+        try:
+            parameters = inspect.signature(known[binding.selector].cls).parameters
+        except (TypeError, ValueError):  # one that is not written in Python
+            continue
+        kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        named = {name: p for name, p in parameters.items() if p.kind not in kinds}
+        if binding.argument in named:
+            annotation = named[binding.argument].annotation
+            problems += _misfit(
+                config, binding, None if annotation is inspect.Parameter.empty else inspect.formatannotation(annotation)
+            )
+        elif not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            problems.append(f"{binding.source}: {binding.selector} has {_no_parameter(binding.argument, list(named))}")
+    return problems
 
 
 def _check_references(config: Config) -> list[str]:
@@ -746,7 +905,7 @@ def _check_references(config: Config) -> list[str]:
             continue
         default = inspect.signature(owner).parameters[binding.argument].default
         kinds = {r.kind for r in known.values() if r.cls is default} or {r.kind for r in known.values()}
-        plugins = {"core", *config.plugins()}
+        plugins = {"core", "", *config.plugins()}
         fitting = sorted(
             name
             for name, r in known.items()
@@ -819,7 +978,9 @@ def operative_text() -> str:
     text: str = gin.operative_config_str(max_line_length=132)
     lines: list[str] = []
     heading = ""
-    for statement in config_parser.ConfigParser(re.sub(r"^import .*\n", "", text, flags=re.M), _Delegate()):
+    for statement in config_parser.ConfigParser(text, _Delegate()):
+        if isinstance(statement, config_parser.ImportStatement):
+            lines.append(statement.format())
         if not isinstance(statement, config_parser.BindingStatement):
             continue
         scope = f"{statement.scope}/" if statement.scope else ""
@@ -846,23 +1007,33 @@ def unused(config: Config) -> list[str]:
             asked.setdefault((binding.selector, binding.argument), []).append(binding)
     lines = []
     for (selector, argument), rivals in asked.items():
-        winners: set[str] = set()
+        winners: dict[str, list[str]] = {}  # of each binding that was in force somewhere, the wider ones that it replaced there
         for scope, arguments in reached.get(selector, []):
-            if argument not in arguments:
-                continue
-            parts = scope.split("/") if scope else []
-            matching = [b for b in rivals if not b.scope or b.scope.split("/") == parts[: len(b.scope.split("/"))]]
-            if matching:
-                winners.add(max(matching, key=lambda b: len(b.scope)).key)
+            held = {b.key: b for b in rivals}
+            around = [k for k in _wider((f"{scope}/" if scope else "") + f"{selector}.{argument}") if k in held]
+            if argument in arguments and around:
+                winners.setdefault(around[0], []).extend(around[1:])
         for binding in rivals:
-            if binding.key not in winners:
-                called = selector in reached
-                reason = (
-                    "the caller supplies this value itself"
-                    if called and not binding.scope
-                    else "nothing in this config builds it in that scope"
-                    if called
-                    else "nothing in this config builds that component"
-                )
-                lines.append(f"{binding.source}: {binding.key} = {format_value(binding.value)} took no effect: {reason}; remove it")
+            if binding.key in winners:
+                continue
+            stronger = next((config.bindings[winner] for winner, replaced in winners.items() if binding.key in replaced), None)
+            if stronger is not None and _is_included(binding, config):
+                continue  # a default of a file below, which this config overrides
+            parts = binding.scope.split("/") if binding.scope else []
+            called = [scope for scope, _ in reached.get(selector, []) if scope.split("/")[: len(parts)] == parts or not parts]
+            reason = (
+                f"{stronger.key} at {stronger.source} replaced it wherever it is built"
+                if stronger is not None
+                else "the caller supplies this value itself"
+                if called
+                else "nothing in this config builds it in that scope"
+                if selector in reached
+                else "nothing in this config builds that component"
+            )
+            lines.append(f"{binding.source}: {binding.key} = {format_value(binding.value)} took no effect: {reason}; remove it")
     return lines
+
+
+def _is_included(binding: Binding, config: Config) -> bool:
+    """Whether a binding stands in a file that the config's own includes."""
+    return not binding.source.startswith("--set ") and binding.source.rpartition(":")[0] != config.files[0]

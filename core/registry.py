@@ -74,6 +74,12 @@ def namespace(module: str) -> str:
     return parts[-1]
 
 
+def _at_home(module: str, space: str) -> bool:
+    """Whether a module lies inside the installed plugin `space`: what one plugin builds on may be imported by it first."""
+    owner = plugins().get(space)
+    return owner is not None and (module == owner.package or module.startswith(owner.package + "."))
+
+
 def register(kind: str, *, paper: str = "", equations: str = "", denylist: Iterable[str] | None = None) -> Callable[[T], T]:
     """File a class or function under `<plugin>.<Name>`, make it reachable from gin, and return it unchanged.
 
@@ -92,7 +98,7 @@ def register(kind: str, *, paper: str = "", equations: str = "", denylist: Itera
 
         cls: Any = obj
         space = namespace(cls.__module__)
-        if _LOADING and space != _LOADING[-1] and not cls.__module__.startswith("core."):
+        if _LOADING and space != _LOADING[-1] and not cls.__module__.startswith("core.") and not _at_home(cls.__module__, space):
             raise RegistrationError(
                 f"plugin {_LOADING[-1]!r} registers {cls.__name__!r} as {space!r} (module {cls.__module__}); a plugin "
                 f"registers only in its own namespace. Set __plugin__ = {_LOADING[-1]!r} in its package."
@@ -206,23 +212,53 @@ def _text(node: ast.expr | None) -> str:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
-def _parameters(node: ast.ClassDef | ast.FunctionDef) -> tuple[tuple[Parameter, ...], bool] | None:
-    """Parameters of a function, or of a class's own `__init__` or dataclass fields; None where it has neither."""
-    function: ast.FunctionDef | None = node if isinstance(node, ast.FunctionDef) else None
-    skip = 0
-    if isinstance(node, ast.ClassDef):
-        inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
-        if not inits:
-            if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
-                fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-                return tuple(
-                    Parameter(f.target.id, ast.unparse(f.annotation), ast.unparse(f.value) if f.value else None)
-                    for f in fields
-                    if isinstance(f.target, ast.Name)
-                ), False
-            return None
-        function, skip = inits[0], 1
-    assert function is not None
+_CORE = Path(__file__).parent
+_REGISTER = f"{__name__}.register"
+_PLAIN_BASES = {"object", "abc.ABC", "typing.Generic", "typing.Protocol", "typing_extensions.Protocol"}
+_PLAIN_DECORATORS = {"final", "runtime_checkable", "total_ordering"}
+_Signature = tuple[tuple[Parameter, ...], bool]
+"""The parameters of a constructor, and whether it takes others too (`**kwargs`, or what cannot be known from the text)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Class:
+    """What the text of a class says of its constructor: its own, or the fields of a dataclass, or that of its bases."""
+
+    own: _Signature | None
+    dataclass: bool
+    fields: tuple[tuple[Parameter, bool], ...]  # each with whether it is for keywords alone
+    removed: frozenset[str]  # fields of a base that are none here: ClassVar, init=False
+    bases: tuple[str, ...]
+    decorators: tuple[str, ...]  # beside that of a dataclass; any but `register` may add a constructor
+    followed: bool  # whether the bases say the rest: no metaclass, no `__new__`
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decorated:
+    """A class or function with a call of something named by its whole dotted name as decorator."""
+
+    name: str
+    decorator: str
+    line: int
+    kind: str
+    paper: str
+    equations: str
+    summary: str
+    denied: tuple[str, ...] | str  # or what is wrong with it
+    function: _Signature | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outline:
+    """What a file defines and imports, by name."""
+
+    classes: dict[str, _Class]
+    names: dict[str, str]  # imported or set to another name: the whole dotted name
+    stars: tuple[str, ...]
+    decorated: tuple[_Decorated, ...]
+
+
+def _signature(function: ast.FunctionDef, skip: int = 0) -> _Signature:
     args = function.args
     positional = args.posonlyargs + args.args
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
@@ -234,64 +270,264 @@ def _parameters(node: ast.ClassDef | ast.FunctionDef) -> tuple[tuple[Parameter, 
     return listed, args.kwarg is not None
 
 
-def _scan(path: Path, module: str, space: str, plugin: str, distribution: str) -> tuple[Component, ...]:
-    """Components of a file as it is on the disk now; read once for as long as it stays the same.
+def _last(node: ast.expr) -> str:
+    """The last name of `a.b.name`, `name[…]` or `name(…)`."""
+    while isinstance(node, (ast.Call, ast.Subscript)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def _option(call: ast.expr | None, name: str) -> ast.expr | None:
+    return next((k.value for k in call.keywords if k.arg == name), None) if isinstance(call, ast.Call) else None
+
+
+def _is(node: ast.expr | None, value: bool) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+def _fields(node: ast.ClassDef, keywords_only: bool) -> tuple[list[tuple[Parameter, bool]], set[str]]:
+    """The fields that a dataclass adds to its constructor, and the names it takes from that of its bases."""
+    fields: list[tuple[Parameter, bool]] = []
+    removed: set[str] = set()
+    for statement in node.body:
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        name, annotation, value = statement.target.id, statement.annotation, statement.value
+        if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+            with contextlib.suppress(SyntaxError):
+                annotation = ast.parse(annotation.value, mode="eval").body
+        kind = _last(annotation)
+        special = value if isinstance(value, ast.Call) and _last(value) == "field" else None
+        if kind == "KW_ONLY":
+            keywords_only = True
+        elif kind == "ClassVar" or _is(_option(special, "init"), False):
+            removed.add(name)
+        else:
+            if kind == "InitVar" and isinstance(annotation, ast.Subscript):
+                annotation = annotation.slice
+            default = value if special is None else _option(special, "default")
+            factory = _option(special, "default_factory")
+            written = f"{ast.unparse(factory)}()" if factory is not None else ast.unparse(default) if default is not None else None
+            asked = _option(special, "kw_only")
+            fields.append((Parameter(name, ast.unparse(annotation), written), keywords_only if asked is None else _is(asked, True)))
+    return fields, removed
+
+
+def _class(node: ast.ClassDef, dotted: Callable[[ast.expr], str]) -> _Class:
+    defined = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef)}
+    decorator = next((d for d in node.decorator_list if _last(d) == "dataclass"), None)
+    generated = decorator is not None and not _is(_option(decorator, "init"), False)
+    others = [d for d in node.decorator_list if d is not decorator and _last(d) not in _PLAIN_DECORATORS]
+    fields, removed = _fields(node, _is(_option(decorator, "kw_only"), True)) if decorator is not None else ([], set())
+    own = _signature(defined["__init__"], 1) if "__init__" in defined else None
+    return _Class(
+        own=own,
+        dataclass=own is None and generated,
+        fields=tuple(fields),
+        removed=frozenset(removed),
+        bases=tuple(dotted(base) for base in node.bases),
+        decorators=tuple(dotted(d.func) if isinstance(d, ast.Call) else dotted(d) for d in others),
+        followed=not node.keywords and "__new__" not in defined,
+    )
+
+
+def _outline(path: Path, module: str) -> _Outline:
+    """A file as it is on the disk now; read once for as long as it stays the same.
 
     Raises:
         SyntaxError: if it does not parse.
     """
     at = path.stat()
-    return _scanned(path, at.st_mtime_ns, at.st_size, module, space, plugin, distribution)
+    return _outlined(path, at.st_mtime_ns, at.st_size, module)
 
 
 @functools.cache
-def _scanned(
-    path: Path, _changed: int, _size: int, module: str, space: str, plugin: str, distribution: str
-) -> tuple[Component, ...]:
-    source = path.read_text(encoding="utf-8", errors="replace")
-    if plugin == "core" and "register(" not in source:
-        return ()  # of a plugin it is to be known whether it parses
+def _outlined(path: Path, _changed: int, _size: int, module: str) -> _Outline:
+    source = path.read_text(encoding="utf-8-sig", errors="replace")
     collecting = gc.isenabled()
     gc.disable()  # a syntax tree is many small objects and no garbage: looking through them doubles the time
     try:
-        return tuple(_components(ast.parse(source, filename=str(path)), path, module, space, plugin, distribution))
+        return _outline_of(ast.parse(source, filename=str(path)), module, path.name == "__init__.py")
     finally:
         if collecting:
             gc.enable()
 
 
-def _components(tree: ast.Module, path: Path, module: str, space: str, plugin: str, distribution: str) -> Iterator[Component]:
-    classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
-    for node in tree.body:
-        if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+def _outline_of(tree: ast.Module, module: str, is_package: bool) -> _Outline:
+    names: dict[str, str] = {}
+    stars: list[str] = []
+    classes: dict[str, _Class] = {}
+    decorated: list[_Decorated] = []
+
+    def dotted(node: ast.expr) -> str:
+        """The whole name that an expression at the top of the module means; empty where it is not a name."""
+        if isinstance(node, ast.Subscript):  # Base[int]
+            return dotted(node.value)
+        if isinstance(node, ast.Attribute):
+            above = dotted(node.value)
+            return f"{above}.{node.attr}" if above else ""
+        if not isinstance(node, ast.Name):
+            return ""
+        return names.get(node.id) or ("object" if node.id == "object" else f"{module}.{node.id}")
+
+    for node in _top(tree.body):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            stars += [source for alias in node.names if alias.name == "*"]
+            names.update({alias.asname or alias.name: f"{source}.{alias.name}" for alias in node.names if alias.name != "*"})
+        elif isinstance(node, ast.Assign) and isinstance(node.value, (ast.Name, ast.Attribute)):
+            names.update({t.id: dotted(node.value) for t in node.targets if isinstance(t, ast.Name)})
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            names.pop(node.name, None)
+            if isinstance(node, ast.ClassDef):
+                classes[node.name] = _class(node, dotted)
+            for call in node.decorator_list:
+                called = dotted(call.func) if isinstance(call, ast.Call) else ""
+                if called and isinstance(call, ast.Call):
+                    decorated.append(_decorated(node, call, called, tree))
+    return _Outline(classes, names, tuple(stars), tuple(decorated))
+
+
+def _top(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a module, with those under its `if` and `try`."""
+    for node in body:
+        if isinstance(node, ast.If):
+            yield from _top([*node.orelse, *node.body])
+        elif isinstance(node, ast.Try):
+            yield from _top([*(n for h in node.handlers for n in h.body), *node.orelse, *node.body, *node.finalbody])
+        else:
+            yield node
+
+
+def _decorated(node: ast.ClassDef | ast.FunctionDef, call: ast.Call, called: str, tree: ast.Module) -> _Decorated:
+    keywords = {k.arg: k.value for k in call.keywords}
+    denied: tuple[str, ...] | str = ()
+    if "denylist" in keywords:
+        try:
+            denied = _written(keywords["denylist"], tree, f"denylist of {node.name} at line {node.lineno}")
+        except ValueError as error:
+            denied = str(error)
+    return _Decorated(
+        name=node.name,
+        decorator=called,
+        line=node.lineno,
+        kind=_text(call.args[0]) if call.args else _text(keywords.get("kind")),
+        paper=_text(keywords.get("paper")),
+        equations=_text(keywords.get("equations")),
+        summary=(ast.get_docstring(node) or "").strip().split("\n")[0],
+        denied=denied,
+        function=_signature(node) if isinstance(node, ast.FunctionDef) else None,
+    )
+
+
+def _file_of(module: str) -> Path | None:
+    """The source file of a module of the core or of an installed plugin: only what those hold is followed."""
+    homes = {"core": _CORE} | {p.package: p.folder for p in plugins().values() if p.folder}
+    for package, folder in homes.items():
+        if module == package or module.startswith(package + "."):
+            place = folder.joinpath(*module[len(package) :].split(".")[1:])
+            return next((p for p in (place / "__init__.py", place.with_suffix(".py")) if p.is_file()), None)
+    return None
+
+
+def _origin(name: str, near: tuple[str, Path], seen: frozenset[str] = frozenset()) -> tuple[str, _Class | None]:
+    """Where a dotted name is defined, through the imports of other modules, and the class it is, if its text can be had."""
+    module, _, last = name.rpartition(".")
+    path = near[1] if module == near[0] else _file_of(module) if module else None
+    if name == _REGISTER or path is None or name in seen:
+        return name, None
+    try:
+        outline = _outline(path, module)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return name, None
+    if last in outline.classes and last not in outline.names:
+        return name, outline.classes[last]
+    seen |= {name}
+    if last in outline.names:
+        return _origin(outline.names[last], near, seen)
+    for source in outline.stars:
+        found, node = _origin(f"{source}.{last}", near, seen)
+        if node is not None or found == _REGISTER:
+            return found, node
+    return name, None
+
+
+def _constructor(cls: _Class, near: tuple[str, Path], depth: int = 0) -> _Signature | None:
+    """The constructor of a class as the text says; None where neither it nor a base writes one, and that is certain."""
+    if cls.own is not None:
+        return cls.own
+    followed = cls.followed and depth < 20 and all(_origin(name, near)[0] == _REGISTER for name in cls.decorators)
+    if cls.dataclass and followed:
+        fields, certain = _all_fields(cls, near, depth)
+        ordered = sorted(fields.values(), key=lambda field: field[1])
+        return tuple(parameter for parameter, _ in ordered), not certain
+    if not followed:
+        return (), True
+    found = [_origin(base, near) for base in cls.bases]
+    signatures: list[_Signature] = []
+    for name, base in found:
+        signature = _constructor(base, near, depth + 1) if base else None if name in _PLAIN_BASES else ((), True)
+        if base and base.own and not signatures:
+            return signature
+        signatures += [signature] if signature is not None else []
+    alike = all(signature == signatures[0] for signature in signatures)  # else the order of all the bases decides
+    return None if not signatures else signatures[0] if alike else ((), True)
+
+
+def _all_fields(cls: _Class, near: tuple[str, Path], depth: int) -> tuple[dict[str, tuple[Parameter, bool]], bool]:
+    """The fields of a dataclass with those of its bases by name, in order, and whether these are all there are."""
+    fields: dict[str, tuple[Parameter, bool]] = {}
+    certain = depth < 20
+    for base in reversed(cls.bases) if certain else ():
+        name, found = _origin(base, near)
+        if found is not None:
+            more, known = _all_fields(found, near, depth + 1)
+            fields.update(more)
+            certain = certain and known
+        elif name not in _PLAIN_BASES:
+            certain = False
+    for gone in cls.removed:
+        fields.pop(gone, None)
+    fields.update({parameter.name: (parameter, keyword) for parameter, keyword in cls.fields})
+    return fields, certain
+
+
+def _scan(path: Path, module: str, space: str, plugin: str, distribution: str) -> Iterator[Component]:
+    """Components of a file as it is on the disk now.
+
+    Raises:
+        SyntaxError: if it does not parse, and may register something.
+        ValueError: if what has to be written out is computed.
+    """
+    if path.name != "__init__.py" and b"register" not in path.read_bytes():
+        return
+    outline, near = _outline(path, module), (module, path)
+    for node in outline.decorated:
+        if _origin(node.decorator, near)[0] != _REGISTER:
             continue
-        for decorator in node.decorator_list:
-            if not isinstance(decorator, ast.Call):
-                continue
-            called = decorator.func
-            if (called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")) != "register":
-                continue
-            keywords = {k.arg: k.value for k in decorator.keywords}
-            denied = keywords.get("denylist")
-            signature = _parameters(node)
-            if signature is None and isinstance(node, ast.ClassDef):  # inherited constructor, from the same file
-                for base in (classes.get(b.id) for b in node.bases if isinstance(b, ast.Name)):
-                    signature = signature or (_parameters(base) if base else None)
-            yield Component(
-                name=f"{space}.{node.name}",
-                kind=_text(decorator.args[0]) if decorator.args else _text(keywords.get("kind")),
-                paper=_text(keywords.get("paper")),
-                equations=_text(keywords.get("equations")),
-                plugin=plugin,
-                distribution=distribution,
-                module=module,
-                file=str(path),
-                line=node.lineno,
-                summary=(ast.get_docstring(node) or "").strip().split("\n")[0],
-                parameters=signature[0] if signature else (),
-                denied=_written(denied, tree, f"denylist of {node.name} at line {node.lineno}") if denied is not None else (),
-                open_keywords=signature[1] if signature else signature is None,
-            )
+        if isinstance(node.denied, str):
+            raise ValueError(node.denied)
+        cls = outline.classes.get(node.name)
+        signature = node.function or (_constructor(cls, near) if cls else None) or ((), False)
+        yield Component(
+            name=f"{space}.{node.name}",
+            kind=node.kind,
+            paper=node.paper,
+            equations=node.equations,
+            plugin=plugin,
+            distribution=distribution,
+            module=module,
+            file=str(path),
+            line=node.line,
+            summary=node.summary,
+            parameters=signature[0],
+            denied=node.denied,
+            open_keywords=signature[1],
+        )
 
 
 def _written(value: ast.expr, tree: ast.Module, what: str) -> tuple[str, ...]:
@@ -331,8 +567,7 @@ def index() -> dict[str, Component]:
     A file that cannot be read or parsed contributes nothing here; `plugin_problems()` says so.
     """
     found: dict[str, Component] = {}
-    core = Path(__file__).parent
-    for path, module in _modules(core, "core"):
+    for path, module in _modules(_CORE, "core"):
         for component in _scan(path, module, module.split(".")[-1], "core", "ginrepro"):
             found[component.name] = component
     for plugin in plugins().values():
@@ -362,6 +597,52 @@ def _read(plugin: Plugin) -> tuple[dict[str, Component], str]:
     return found, problem
 
 
+def add_module(module: str) -> None:
+    """Put what a module outside the plugins registers into the index, from its source text; of a package, all its modules.
+
+    Raises:
+        ValueError: if there is no such module, its source cannot be read, or one of its names is taken.
+    """
+    folder = _package_folder(module)
+    if folder is not None and (folder / "__init__.py").is_file():
+        files = list(_modules(folder, module))
+    else:
+        parent, _, last = module.rpartition(".")
+        above = _package_folder(parent) if parent else None
+        spec = None if parent else importlib.util.find_spec(module)
+        origin = above / f"{last}.py" if above else Path(spec.origin) if spec and spec.origin else None
+        if origin is None or (above and not origin.is_file()):
+            raise ValueError(f"no module {module!r} is importable here; install it, or put its folder on PYTHONPATH")
+        files = [(origin, module)] if origin.suffix == ".py" else []  # a compiled or built-in module registers nothing
+    known = index()
+    for path, name in files:
+        try:
+            text = path.read_bytes()
+            if b"core" not in text or b"registry" not in text:
+                continue  # however large the package
+            for component in _scan(path, name, _declared(name, path) or name.split(".")[-1], "", module):
+                other = known.setdefault(component.name, component)
+                if (other.file, other.line) != (component.file, component.line):
+                    raise ValueError(
+                        f"{component.name} is registered twice, at {other.file}:{other.line} and {component.file}:{component.line}"
+                    )
+        except SyntaxError as error:
+            raise ValueError(f"SyntaxError in {path}:{error.lineno}: {error.msg}") from None
+        except (OSError, RecursionError, MemoryError) as error:
+            raise ValueError(f"{path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def _declared(module: str, path: Path) -> str | None:
+    """The `__plugin__` that a module or the nearest package above it declares, from source text."""
+    parts = module.split(".")
+    above = [_package_folder(".".join(parts[:depth])) for depth in range(len(parts), 0, -1)]
+    for place in [path, *(folder / "__init__.py" for folder in above if folder)]:
+        name = _constants(place).get("__plugin__") if place.is_file() else None
+        if name is not None:
+            return str(name)
+    return None
+
+
 @functools.cache
 def plugin_problems() -> dict[str, str]:
     """Plugins that already fail without being imported: missing package, unreadable text, wrong interface, two owners."""
@@ -388,8 +669,8 @@ def _constants(path: Path) -> dict[str, Any]:
     return {
         target.id: node.value.value
         for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-        for target in node.targets
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Constant)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
         if isinstance(target, ast.Name)
     }
 
@@ -572,9 +853,9 @@ def load_part(name: str, part: Literal["claims", "golden"], *, limit_s: float = 
 
 
 def load_component(name: str) -> None:
-    """Import what a component needs: its plugin, or its module of the core."""
+    """Import what a component needs: its plugin, or its own module."""
     component = find(name)
-    if component.plugin == "core":
+    if component.plugin not in plugins():  # of the core, or of a module that a gin file imports
         importlib.import_module(component.module)
     else:
         load_plugin(component.plugin)

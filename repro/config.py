@@ -25,8 +25,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def effective(name: str) -> dict[str, str]:
+def effective(name: str, *, allow_imports: bool = False) -> dict[str, str]:
     """Effective bindings of a run folder or a gin file.
+
+    Args:
+        allow_imports: let the gin file import modules outside the plugins.
 
     Raises:
         ValueError: if it is neither.
@@ -37,16 +40,23 @@ def effective(name: str) -> dict[str, str]:
         if not isinstance(found, dict):
             raise ValueError(f"{name} is not a run folder (no run.json with bindings)")
         return found
-    return configs.read(name).effective()
+    return configs.read(name, allow_imports=allow_imports).effective()
 
 
 def main(args: argparse.Namespace) -> int:
     if args.file == "diff":
         if len(args.runs) != 2:
             raise ValueError(f"`repro config diff` takes two run folders or gin files, got {len(args.runs)}")
-        rows = configs.difference(*map(effective, args.runs))
-        for key, left, right in rows:
-            print(f"{key}\n  - {left if left is not None else '(not bound)'}\n  + {right if right is not None else '(not bound)'}")
+        for option, given in (("--set", args.overrides), ("--why", args.why)):
+            if given:
+                raise ValueError(
+                    f"{option} has no effect with diff, which compares what two runs or files ask as they are; drop it"
+                )
+        left, right = (effective(name, allow_imports=args.allow_import) for name in args.runs)
+        rows = configs.difference(left, right)
+        for key, *values in rows:
+            before, after = (value if value is not None else "(not bound)" for value in values)
+            print(f"{key}\n  - {before}\n  + {after}")
         if not rows:
             print("no difference")
         return 0

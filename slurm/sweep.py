@@ -64,6 +64,7 @@ class Sweep:
     texts: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
     merged: list[str] = dataclasses.field(default_factory=list)
     effective: list[dict[str, str]] = dataclasses.field(default_factory=list, repr=False)
+    allow_imports: bool = False
 
     @property
     def name(self) -> str:
@@ -88,7 +89,7 @@ class Sweep:
 
     def settle_effective(self) -> None:
         """The effective bindings of every run, for a sweep read from its folder."""
-        drafts = {gin: configs.draft(str(self.base(gin))) for gin in self.files}
+        drafts = {gin: configs.draft(str(self.base(gin)), allow_imports=self.allow_imports) for gin in self.files}
         self.effective = [drafts[run.gin].config(run.overrides).effective() for run in self.runs]
 
     def columns(self) -> list[str]:
@@ -116,7 +117,7 @@ class Sweep:
                     self.base(gin).write_text(said + text, encoding="utf-8")
             record.write_json(self.folder / FILE, {
                 "overrides": self.overrides, "cwd": before.get("cwd", os.getcwd()), "made": before.get("made", time.time()),
-                "runs": [dataclasses.asdict(r) for r in self.runs],
+                "runs": [dataclasses.asdict(r) for r in self.runs], "allow_imports": self.allow_imports,
             })  # fmt: skip
         except OSError as error:
             raise OSError(f"{self.folder} cannot be written: {error.strerror or error}; give another --runs") from None
@@ -136,7 +137,7 @@ def read(folder: Path) -> Sweep:
             Run(r["name"], r["gin"], tuple(r["overrides"]), tuple((a, b) for a, b in r["cells"]), r["configuration"])
             for r in found["runs"]
         ]
-        return Sweep(folder.resolve(), tuple(found["overrides"]), runs)
+        return Sweep(folder.resolve(), tuple(found["overrides"]), runs, allow_imports=bool(found.get("allow_imports")))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder / FILE} is not what `repro sweep` writes ({type(error).__name__}: {error}); remove it and give the request again, which finds every run that is done"
@@ -243,7 +244,7 @@ def plan(
     digest = hashlib.sha256("\n".join(sorted(runs)).encode()).hexdigest()[:8]
     folder = root.resolve() / "sweeps" / (name or f"{stem}-{digest}")
     texts = {file: draft.text(overrides) for file, draft in drafts.items()}
-    return Sweep(folder, tuple(overrides), list(runs.values()), texts, merged, effective)
+    return Sweep(folder, tuple(overrides), list(runs.values()), texts, merged, effective, allow_imports)
 
 
 def _stem(gin: str) -> str:
@@ -423,6 +424,7 @@ def jobs(sweep: Sweep, chosen: Sequence[Run], *, flops: bool = True, limit: int 
     for run in chosen:
         path = sweep.path(run)
         command = [sys.executable, "-m", "repro.run", "--gin", str(sweep.base(run.gin))]
+        command += ["--allow-import"] if sweep.allow_imports else []
         for override in run.overrides:
             command += ["--set", override]
         command += ["--out", str(path)]

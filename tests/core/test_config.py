@@ -80,6 +80,10 @@ def test_canonical_text_reads_back_to_the_same_run(gin_file):
         ("include '/etc/hostname'", "leaves the config folders"),
         ("include 'nothing.gin'", "no gin file"),
         ("trainer.train.seed = = 3", "a.gin"),
+        ("trainer.train.seed = {[1]: 2}", "cannot be read: unhashable type"),
+        ("trainer.train.clip_norm = 1e400", "inf is no value"),
+        ("A = %B\nB = %A\ntrainer.train.seed = %A", "macro A leads back to itself: A -> B -> A"),
+        ("A = [%A]\ntrainer.train.seed = %A", "macro A leads back to itself: A -> A"),
     ],
 )
 def test_each_mistake_is_one_clear_error(gin_file, line, said):
@@ -134,6 +138,116 @@ def test_set_takes_unquoted_strings_and_refuses_doubles(gin_file):
     assert "NAME=VALUE" in problems(file, "train.seed")[0]
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.seed=3\ntrain.keep=9", r"--set train.seed=3\ntrain.keep=9: one --set is one NAME=VALUE"),
+        ("train.seed=3\rtrain.keep=9", "one --set is one NAME=VALUE"),
+        ("import os #=3", "one --set is one NAME=VALUE"),
+        ("include 'a.gin' #=3", "one --set is one NAME=VALUE"),
+        ("train.device=\udcff", "not UTF-8"),
+        ("train.clip_norm=-1e400", "-inf is no value"),
+        ("train.seed=-1e400", "-inf is no value"),
+        ("train.device={[1]: 2}", "unhashable"),
+    ],
+)
+def test_what_no_set_can_be_is_one_error(gin_file, override, said):
+    (found,) = problems(gin_file(GOOD), override)
+    assert said in found
+    found.encode()
+
+
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(gin_file, tmp_path):
+    same = tmp_path / "same.gin"
+    same.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    assert configs.read(str(same)).signature == configs.read(gin_file(GOOD)).signature
+
+
+def test_why_follows_scopes_and_chains_of_macros_as_gin_does(gin_file):
+    text = "optim.AdamW.eps = 1e-7\no/optim.AdamW.lr = 0.5\nB1 = 0.8\nPAIR = (%B1, 0.9)\nTOP = %PAIR\noptim.AdamW.betas = %TOP\n"
+    config = configs.read(gin_file(GOOD + text), ["B1=0.7"])
+    head, origin, *_ = configs.why(config, "o/p/AdamW.eps")
+    assert head == "o/p/optim.AdamW.eps = 1e-07"
+    assert origin.endswith("a.gin:6   (optim.AdamW.eps, which holds in the scope too)")
+    said = "\n".join(configs.why(config, "o/p/AdamW.lr"))
+    assert "o/p/optim.AdamW.lr = 0.5\n" in said
+    assert "a.gin:5: 0.001 (optim.AdamW.lr)" in said
+    assert "constructor's default" in configs.why(config, "o/optim.AdamW.weight_decay")[0]
+    chain = "\n".join(configs.why(config, "AdamW.betas"))
+    places = [
+        chain.index(part)
+        for part in ("= (0.7, 0.9)", "a.gin:10: %PAIR", "a.gin:9: (%B1, 0.9)", "--set B1=0.7: 0.7", "a.gin:8: 0.8")
+    ]
+    assert places == sorted(places)
+    configs.apply(config)
+    import torch
+
+    import gin
+
+    with gin.config_scope("o/p"):
+        (group,) = configs.configured("optim.AdamW")([torch.nn.Parameter(torch.zeros(2))]).param_groups
+    assert (group["eps"], group["lr"], group["betas"]) == (1e-7, 0.5, (0.7, 0.9))
+
+
+def test_a_binding_that_another_replaced_names_it_and_a_default_below_is_none(gin_file):
+    """A wider scope loses to a narrower one; that of an included file is a default, which may lose."""
+    import torch
+
+    import gin
+
+    gin_file("optim.AdamW.lr = 0.1\n", "below.gin")
+    above = (
+        "include 'below.gin'\noptim.AdamW.eps = 1e-7\no/optim.AdamW.eps = 1e-6\no/optim.AdamW.lr = 0.3\nq/optim.AdamW.lr = 0.4\n"
+    )
+    config = configs.read(gin_file(above + "o/optim.AdamW.weight_decay = 0.5\n"))
+    configs.apply(config)
+    with gin.config_scope("o"):
+        configs.configured("optim.AdamW")([torch.nn.Parameter(torch.zeros(2))], weight_decay=0.0)
+    elsewhere, replaced, supplied = configs.unused(config)
+    assert "a.gin:2: optim.AdamW.eps = 1e-07 took no effect: o/optim.AdamW.eps at " in replaced
+    assert "a.gin:3 replaced it wherever it is built; remove it" in replaced
+    assert "q/optim.AdamW.lr" in elsewhere
+    assert "in that scope" in elsewhere
+    assert "o/optim.AdamW.weight_decay" in supplied
+    assert "the caller supplies this value itself" in supplied
+
+
+def test_an_allowed_import_is_made_and_what_it_registers_may_be_used(gin_file, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = "from core.registry import register\n@register('schedule')\nclass {0}:\n    def __init__(self, steps: int = 3): self.steps = steps\n"
+    (tmp_path / "lab_single.py").write_text(module.format("Warm"))
+    (tmp_path / "lab_package").mkdir()
+    (tmp_path / "lab_package" / "__init__.py").write_text("__plugin__ = 'lab'\n")
+    (tmp_path / "lab_package" / "inner.py").write_text(module.format("Cold"))
+    file = gin_file("import lab_single\nimport lab_package\nimport json\nlab_single.Warm.steps = 4\nCold.steps = 5\n")
+    assert sum("would execute it" in p for p in problems(file)) == 3
+    try:
+        config = configs.read(file, allow_imports=True)
+        assert not {"lab_single", "lab_package"} & sys.modules.keys()
+        assert config.plugins() == []
+        assert config.text().startswith("import json\nimport lab_package\nimport lab_single\n")
+        again = configs.read(gin_file(config.text(), "again.gin"), allow_imports=True)
+        assert (again.signature, again.text()) == (config.signature, config.text())
+        (found,) = problems(file, "lab.Cold.steps='x'", allow_imports=True)
+        assert "lab.Cold.steps must be int" in found
+        configs.apply(config)
+        assert (configs.configured("lab_single.Warm")().steps, configs.configured("lab.Cold")().steps) == (4, 5)
+        operative = configs.read(gin_file(configs.operative_text(), "operative.gin"), allow_imports=True)
+        assert operative.effective() == config.effective()
+        assert operative.imports.keys() == config.imports.keys()
+        (found,) = problems(gin_file("import lab_nowhere\n", "nowhere.gin"), allow_imports=True)
+        assert "nowhere.gin:1: import lab_nowhere: no module 'lab_nowhere' is importable here" in found
+        (tmp_path / "lab_broken.py").write_text("raise OSError('no licence')\n")
+        with pytest.raises(configs.ConfigError, match=r"broken\.gin:1: import lab_broken: OSError: no licence"):
+            configs.apply(configs.read(gin_file("import lab_broken\n", "broken.gin"), allow_imports=True))
+    finally:
+        for name in ("lab_single.Warm", "lab.Cold"):
+            registry.index().pop(name, None)
+            registry._REGISTERED.pop(name, None)
+        for name in [n for n in sys.modules if n.startswith("lab_")]:
+            del sys.modules[name]
+
+
 def test_macro_override_changes_the_signature(gin_file):
     file = gin_file(GOOD)
     assert configs.read(file).signature != configs.read(file, ["STEPS=11"]).signature
@@ -153,6 +267,7 @@ def test_type_error_through_a_macro_names_the_macros_line(gin_file):
         ("tuple[int, int]", (1, 2), True), ("tuple[int, int]", (1, 2, 3), False), ("tuple[int, ...]", (1, 2, 3), True),
         ("Sequence[float]", [1, 2.5], True), ("Sequence[float]", ["a"], False), ("dict[str, float]", {"a": 1.0}, True),
         ("dict[str, float]", {"a": "b"}, False), ("Literal['a', 'b']", "a", True), ("Literal['a', 'b']", "c", False),
+        ("Literal[-1, 1]", -1, True), ("Literal[-1, 1]", -2, False), ("Literal[1]", True, False), ("Literal[Side.LEFT]", "x", True),
         ("Callable[..., nn.Module]", 3, False), ("SomethingElse", 3, True), ("Optional[int]", None, True), (None, object(), True),
     ],
 )  # fmt: skip

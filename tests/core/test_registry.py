@@ -121,7 +121,7 @@ BROKEN = {
     "exit": (GOOD, {"thing.py": MODULE + "\nimport sys\nsys.exit(3)\n"}, "exited with 3"),
     "anything": (GOOD, {"thing.py": MODULE + "\nraise BaseException('boo')\n"}, "BaseException: boo"),
     "computed": (GOOD, {"thing.py": MODULE.replace('equations="eq. 1"', "denylist=dir(register)")}, "denylist of Thing at line 5 must be written out"),
-    "too deep": (GOOD, {"thing.py": MODULE, "deep.py": "x = " + "-" * 10_000 + "1\n"}, "deep.py cannot be read"),
+    "too deep": (GOOD, {"thing.py": MODULE, "deep.py": "x = " + "-" * 10_000 + "1  # register\n"}, "deep.py cannot be read"),
     "not there": (GOOD, {"thing.py": MODULE, "gone.py": None}, "gone.py cannot be read"),
     "two owners": (GOOD, {"thing.py": MODULE, "other.py": MODULE}, "bad_paper.Thing is registered twice, at "),
     "interface": ('__plugin__ = "{name}"\n__interface__ = 99\n', None, "interface 99"),
@@ -146,6 +146,10 @@ def test_a_broken_plugin_is_one_line_and_stops_only_its_own_runs(install, tmp_pa
         (tmp_path / f"{name}.gin").write_text(f"{name}.Thing.size = 4\n")
     good = install.run("-c", code.format(str(tmp_path / "good_paper.gin")))
     assert "applied ['good_paper.Thing']" in good.stdout, good.stderr
+    if cause in install.run("-m", "repro.list", "--plugin", "bad_paper").stderr:  # so much is known without importing it
+        checked = install.run("-m", "repro.config", str(tmp_path / "bad_paper.gin"))
+        assert (checked.returncode, checked.stdout) == (2, "")
+        assert cause in checked.stderr or "no component 'bad_paper.Thing'" in checked.stderr
     bad = install.run("-c", code.format(str(tmp_path / "bad_paper.gin")))
     assert bad.returncode != 0
     assert "bad_paper" in bad.stderr
@@ -163,6 +167,118 @@ def test_a_denylist_may_stand_under_a_name_and_a_folder_is_no_module(install, tm
         "-c", "from core import registry as r; print(r.load_plugin('my_paper').components, r.find('my_paper.Thing').denied)"
     )
     assert done.stdout == "('my_paper.Thing',) ('rate',)\n", done.stderr
+
+
+def test_constructors_are_followed_to_their_bases_and_only_our_decorator_counts(install, tmp_path):
+    """Names and types of inherited constructors are known without importing; what the text does not show is checked after."""
+    base = """
+        import abc, dataclasses
+        from typing import ClassVar, Literal
+        from core.registry import register as file_it
+        class Root(abc.ABC):
+            def __init__(self, size: int = 3, *, side: Literal[-1, 1] = 1): pass
+        class Middle(Root): pass
+        @dataclasses.dataclass
+        class Fields:
+            x: int = 1
+            gone: int = 2
+            late: str = dataclasses.field(default="z", kw_only=True)
+    """
+    derived = """
+        from __future__ import annotations
+        import dataclasses, functools
+        from typing import ClassVar
+        import outside_base
+        from core import registry
+        from core.task import Task
+        from my_paper import Renamed
+        from . import base as b
+        from .base import file_it
+
+        @file_it("module")
+        class FromFile(Renamed):
+            pass
+
+        @registry.register("module")
+        class FromModule(b.Root): pass
+
+        @file_it("module")
+        @dataclasses.dataclass
+        class Data(b.Fields):
+            gone: ClassVar[int] = 3
+            y: float = 2.0
+            made: list = dataclasses.field(default_factory=list)
+            hidden: int = dataclasses.field(default=0, init=False)
+
+        @file_it("module")
+        class Plain: pass
+
+        @file_it("module")
+        class Open(outside_base.Far): pass
+
+        @file_it("module")
+        class Both(b.Middle, outside_base.Far): pass
+
+        @functools.singledispatch
+        def size(x): return 0
+        @size.register(int)
+        def _(x): return 1
+        @size.register(str)
+        def _(x): return 2
+        class Shelf:
+            def register(self): return lambda c: c
+        SHELF = Shelf()
+        @SHELF.register()
+        class Foreign:
+            def __init__(self, a: int = 1): pass
+    """
+    dedented = textwrap.dedent
+    init = '__plugin__: str = "{name}"\n__interface__: int = 1\nfrom .base import Middle as Renamed\n'
+    install("my_paper", init, {"base.py": dedented(base), "derived.py": dedented(derived), "old.py": 'print "of another Python"\n'})
+    (tmp_path / "outside_base.py").write_text("class Far:\n    def __init__(self, far: int = 1, *, near: float = 2.0): pass\n")
+    builds_on = (
+        "from core.registry import register\nfrom my_paper.derived import Data\n@register('module')\nclass More(Data): pass\n"
+    )
+    install("a_paper", GOOD, {"thing.py": builds_on})  # its name comes before that of the plugin it builds on
+    (tmp_path / "wrong.gin").write_text("my_paper.Open.neer = 1.0\nmy_paper.Open.far = 'x'\nmy_paper.Open.near = 1\n")
+    (tmp_path / "early.gin").write_text("my_paper.FromFile.sise = 1\nmy_paper.FromFile.side = 0\nmy_paper.Data.hidden = 1\n")
+    code = f"""
+        import inspect
+        from core import config, registry
+        ours = [c for c in registry.index().values() if c.plugin in ("my_paper", "a_paper")]
+        for c in ours: print(c.name, c.open_keywords, [p.name for p in c.parameters])
+        print(registry.plugin_problems())
+        print("\\n".join(config.why(config.read({str(tmp_path / "empty.gin")!r}), "my_paper.FromFile.side")))
+        for file in ("early", "wrong"):
+            try: config.apply(config.read({str(tmp_path)!r} + f"/{{file}}.gin"))
+            except config.ConfigError as error: print(*error.problems, sep="\\n")
+        print([n for n, outcome in registry.load_all().items() if isinstance(outcome, registry.PluginError)])
+        for c in ours:
+            real = [p for p in inspect.signature(registry.registered()[c.name].cls).parameters if p not in ("args", "kwargs")]
+            assert c.open_keywords or [p.name for p in c.parameters] == real, (c.name, real)
+    """
+    (tmp_path / "empty.gin").write_text("")
+    done = install.run("-c", dedented(code))
+    assert done.returncode == 0, done.stderr
+    here = f"{tmp_path}/"
+    assert done.stdout.replace(here, "").splitlines() == [
+        "a_paper.More False ['x', 'y', 'made', 'late']",
+        "my_paper.FromFile False ['size', 'side']",
+        "my_paper.FromModule False ['size', 'side']",
+        "my_paper.Data False ['x', 'y', 'made', 'late']",
+        "my_paper.Plain False []",
+        "my_paper.Open True []",
+        "my_paper.Both True []",
+        "{}",
+        "my_paper.FromFile.side = 1   (the constructor's default)",
+        "  default     my_paper/derived.py:13: 1",
+        "early.gin:1: my_paper.FromFile has no parameter 'sise'; nearest: size, side",
+        "early.gin:3: my_paper.Data has no parameter 'hidden'; it has: x, y, made, late",
+        "early.gin:2: my_paper.FromFile.side must be Literal[-1, 1], got 0 (int)",
+        "wrong.gin:1: my_paper.Open has no parameter 'neer'; nearest: near",
+        "wrong.gin:2: my_paper.Open.far must be int, got 'x' (str)",
+        "[]",
+    ]
 
 
 def test_a_hanging_import_is_cut_off(install):
