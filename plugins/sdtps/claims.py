@@ -7,6 +7,7 @@ tokens of width 512 a modality, ratios 0.5 and 0.4, unless said otherwise.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from core.claims import Verdict, claim, depends, holds, published, untestable
+from plugins.sdtps import token_sparse
 from plugins.sdtps.multimodal import MultiModalSDTPS
 from plugins.sdtps.token_aggregation import TokenAggregation
 from plugins.sdtps.token_sparse import TokenSparse, attention_maps, token_count
@@ -166,6 +168,35 @@ def combined_score() -> Verdict:
     )
 
 
+# --- the aggregation in loops -------------------------------------------------------------------------------------------
+
+
+def _combined(net: TokenAggregation, tokens: Tensor, mask: Tensor, masked: Callable[[float, float], float]) -> Tensor:
+    """Eq. 4 one number at a time, (b, t, c): `masked` makes the factor of a token out of exp's exponent and the token's mask D."""
+    norm, first, last = net.layers
+    scale, combined = float(net.scale), []
+    for sample, kept in zip(tokens, mask):
+        exponents = []
+        for token in sample:
+            spread = ((token - token.mean()).square().mean() + norm.eps).sqrt()
+            hidden = first.weight @ ((token - token.mean()) / spread * norm.weight + norm.bias) + first.bias
+            gelu = torch.tensor([0.5 * h * (1 + math.erf(h / math.sqrt(2))) for h in hidden.tolist()], dtype=tokens.dtype)
+            exponents.append([scale * logit for logit in (last.weight @ gelu + last.bias).tolist()])
+        for output in zip(*exponents):  # over the kept tokens
+            factors = [masked(exponent, float(d)) for exponent, d in zip(output, kept)]
+            combined.append(sum(f / sum(factors) * token for f, token in zip(factors, sample)))
+    return torch.stack(combined).view(len(tokens), -1, tokens.shape[-1])  # type: ignore[arg-type]
+
+
+def _aggregation(**options: Any) -> tuple[TokenAggregation, Tensor]:
+    """A small aggregation in double precision with nothing at a zero or a one, and tokens for it, (2, 8, 20)."""
+    torch.manual_seed(0)
+    net = TokenAggregation(20, 16, **options).double().requires_grad_(False)
+    for parameter in net.weight.parameters():
+        parameter.add_(0.5 * torch.randn_like(parameter))
+    return net, torch.randn(2, 8, 20, dtype=torch.float64)
+
+
 # --- Gumbel, masks and plans --------------------------------------------------------------------------------------------
 
 
@@ -256,9 +287,13 @@ def plan_b() -> Verdict:
 )
 def decision_matrix() -> Verdict:
     change, moved, before, after = _gumbel_effect({"mask_mode": "log"})
+    net, tokens = _aggregation(mask_mode="log")
+    mask = torch.rand(2, 8, dtype=torch.float64)
+    worst = float((net(tokens, mask) - _combined(net, tokens, mask, lambda exponent, d: d * math.exp(exponent))).abs().max())
     return holds(
-        change == 0 and moved > 0 and after < 1,
-        measured=f"as a mask in log space: outputs change by {change:g}, score MLP gradient norm {before:.2e} -> {after:.2e}",
+        change == 0 and moved > 1e-3 and after < 1 and worst < 1e-6,
+        measured=f"as a mask in log space: outputs change by {change:g}, all gradients by {moved:.1e} of their norm, score MLP gradient norm {before:.2e} -> "
+        f"{after:.2e}; with D between 0 and 1 the weights are D·exp(logit) over their sum within {worst:.1e} (in loops)",
         why="D is 1 at every kept token, so masking changes no value; what it does is carry a gradient to the scores",
     )
 
@@ -275,9 +310,13 @@ def additive_penalty() -> Verdict:
     tokens = torch.cat([torch.randn(2, 64, 511), torch.ones(2, 64, 1)], -1)
     worst = float((net(tokens)[..., -1] - 1).abs().max())
     _, _, before, after = _gumbel_effect({"mask_mode": "additive"})
+    small, some = _aggregation(mask_mode="additive")
+    mask = (torch.rand(2, 8, dtype=torch.float64) < 0.5).double()
+    expected = _combined(small, some, mask, lambda exponent, d: math.exp(exponent - (1 - d) * 1e10))
+    masked = float((small(some, mask) - expected).abs().max())
     return holds(
-        worst < 1e-5,
-        measured=f"weights sum to 1 within {worst:.1e}; with a straight-through D the penalty takes the score MLP's gradient norm from {before:.2e} to "
+        worst < 1e-5 and masked < 1e-6 and after / before > 1e6,
+        measured=f"differs from the formula in loops by {masked:.1e} at a mask of zeros and ones; weights sum to 1 within {worst:.1e}; with a straight-through D the penalty takes the score MLP's gradient norm from {before:.2e} to "
         f"{after:.2e}, {after / before:.1e} times",
         why="the forward pass is what the note says; the backward pass multiplies the gradient by 1e10, which is what the fork met as 'Gumbel is unstable'",
     )
@@ -309,13 +348,14 @@ def gumbel_unstable() -> Verdict:
         module = _module({"use_gumbel": True, **sparse}, aggregate).train()
         _probe(module, _inputs(), _uniforms())[0].backward()
         norms[label] = _gradient(module, "score_predictor")
-    draws = torch.rand(2_000_000)
-    noise = -torch.log(-torch.log(draws + 1e-9) + 1e-9)
-    lowest, highest = float(noise.min()), float(noise.max())
+    noise = token_sparse.gumbel_noise(torch.rand(20, 100_000, generator=torch.Generator().manual_seed(3)), 1e-9, None)
+    lowest, highest, mean = float(noise.min()), float(noise.max()), float(noise.mean())
     measured = (
         f"score MLP gradient norms: {'; '.join(f'{label}: {norm:.2e}' for label, norm in norms.items())}. "
-        f"Two million draws of the noise lie in [{lowest:.2f}, {highest:.2f}]"
+        f"Two million draws of the noise lie in [{lowest:.2f}, {highest:.2f}], mean {mean:.3f}"
     )
+    if abs(mean - 0.5772) > 0.01 or float(noise.std()) < 1.2:  # its standard deviation is pi / sqrt(6) = 1.28
+        return holds(False, measured=measured, why="what is drawn is not Gumbel noise, whose mean is 0.577")
     one, larger, log = norms.values()
     if log > 1 or not -5 < lowest <= highest < 20:  # without the penalty too: then it is the noise
         return holds(True, measured=measured)
@@ -340,10 +380,23 @@ def aggregation_net() -> Verdict:
         "weight.3.weight": (25, 102), "weight.3.bias": (25,),
     }  # fmt: skip
     kinds = [type(part).__name__ for part in net.weight]  # type: ignore[union-attr, arg-type]
-    good = shapes == wanted and kinds == ["LayerNorm", "Linear", "GELU", "Linear"] and float(net.scale) == 1.0  # type: ignore[arg-type]
+    small, tokens = _aggregation()
+    everything, worst = torch.ones(2, 8, dtype=torch.float64), {}
+    for scale in (1.0, 2.0):
+        small.scale.fill_(scale)
+        worst[scale] = float(
+            (small(tokens) - _combined(small, tokens, everything, lambda exponent, _: math.exp(exponent))).abs().max()
+        )
+    good = (
+        max(worst.values()) < 1e-9
+        and shapes == wanted
+        and kinds == ["LayerNorm", "Linear", "GELU", "Linear"]
+        and float(net.scale) == 1.0
+    )  # type: ignore[arg-type]
     return holds(
         good,
-        measured=f"{' -> '.join(kinds)}, 512 -> 102 -> 25, scale {float(net.scale):g}, {sum(p.numel() for p in net.parameters()):,} parameters",
+        measured=f"{' -> '.join(kinds)}, 512 -> 102 -> 25, scale {float(net.scale):g}, {sum(p.numel() for p in net.parameters()):,} parameters; differs from eq. 4 "
+        f"in loops by {worst[1.0]:.1e} at scale 1 and {worst[2.0]:.1e} at scale 2",
     )  # type: ignore[arg-type]
 
 

@@ -90,7 +90,8 @@ class TokenAggregation(nn.Module):
         logits = rearrange(self.weight(tokens), "b k t -> b t k") * self.scale
         if mask is not None and self.mask_mode != "none":
             # In float32 at least: 1e10 is infinite in float16, and infinity minus infinity is not a number.
-            logits, mask = logits.to(torch.promote_types(logits.dtype, torch.float32)), rearrange(mask, "b k -> b 1 k").float()
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            mask = rearrange(mask, "b k -> b 1 k").to(logits.dtype)
             if self.mask_mode == "log":
                 logits = logits + mask.clamp_min(torch.finfo(mask.dtype).tiny).log()
             else:

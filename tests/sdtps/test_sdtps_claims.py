@@ -1,5 +1,6 @@
 """The ledger gives the verdicts that it states, without a warning, and another one as soon as a fact behind it is broken."""
 
+import copy
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from core import claims
 from plugins.sdtps import claims as checks
+from plugins.sdtps import token_sparse
 
 BY_ID = {c.id: c for c in claims.of("sdtps")}
 
@@ -54,6 +56,46 @@ def altered(sparse=None, aggregate=None, **options):
 def test_a_broken_fact_changes_the_verdict(id, broken, verdict, monkeypatch):
     monkeypatch.setattr(checks, "_module", altered(**broken))
     assert outcome(id) == verdict
+
+
+def _penalty_of_one(forward, net, tokens, mask):
+    net.mask_penalty = 1.0
+    return forward(net, tokens, mask)
+
+
+def _without_scale(forward, net, tokens, mask):
+    plain = copy.deepcopy(net)
+    plain.scale.data.fill_(1.0)
+    return forward(plain, tokens, mask)
+
+
+@pytest.mark.parametrize(
+    ("id", "broken"),
+    [
+        ("SDTPS-7", lambda forward, net, tokens, mask: forward(net, tokens, None)),  # reads no mask
+        (
+            "SDTPS-7",
+            lambda forward, net, tokens, mask: forward(net, tokens, None if mask is None else mask.exp()),
+        ),  # adds D, not log D
+        ("SDTPS-8", lambda forward, net, tokens, mask: forward(net, tokens, None)),
+        (
+            "SDTPS-8",
+            lambda forward, net, tokens, mask: forward(net, tokens, None if mask is None else 1 - mask),
+        ),  # masks what is kept
+        ("SDTPS-8", _penalty_of_one),
+        ("SDTPS-10", _without_scale),
+        ("SDTPS-10", lambda forward, net, tokens, mask: forward(net, net.weight[0](tokens), mask)),  # combines normalised tokens
+    ],
+)
+def test_a_broken_aggregation_changes_the_verdict(id, broken, monkeypatch):
+    forward = checks.TokenAggregation.forward
+    monkeypatch.setattr(checks.TokenAggregation, "forward", lambda net, tokens, mask=None: broken(forward, net, tokens, mask))
+    assert outcome(id) == "does not hold"
+
+
+def test_noise_that_is_not_gumbels_changes_the_verdict(monkeypatch):
+    monkeypatch.setattr(token_sparse, "gumbel_noise", lambda uniform, eps, clip: 0 * uniform)
+    assert outcome("SDTPS-gumbel") == "does not hold"
 
 
 def test_what_saves_neither_time_nor_memory_does_not_hold(monkeypatch):
