@@ -171,7 +171,7 @@ def _frozen(found: sweep.Sweep) -> None:
     """The jobs read each config as it was planned, whatever becomes of the file: make sure that it is the same."""
     for gin in found.files:
         run = next(run for run in found.runs if run.gin == gin)
-        config = configs.draft(str(found.base(gin))).config(run.overrides)
+        config = configs.draft(str(found.base(gin)), allow_imports=found.allow_imports).config(run.overrides)
         if f"{config.stem}-{config.signature}" != run.name:
             raise RuntimeError(
                 f"{found.base(gin)} does not give {run.name} any more; was it edited? Restore it, or plan the sweep again under another --name"
