@@ -203,7 +203,7 @@ class TriModalReID(nn.Module):
         if self.tokens is not None:
             guides = self._present(glob if self.guide == "pife" else cls, images)
             enhanced = self.tokens(patches, guides)
-            masks, soft = masks or enhanced.masks, soft or enhanced.soft
+            masks, soft = masks or enhanced.masks, soft or getattr(enhanced, "soft", {})  # a module of one's own may have none
             features["sdtps"] = torch.cat([mean_over_tokens(enhanced.tokens[m], self.masked_mean) for m in MODALITIES], -1)
         if not self.training:
             return ReIDOutput(features, {}, masks, soft)
@@ -223,7 +223,7 @@ class TriModalReID(nn.Module):
         assert self.inside is not None
         reduced = self.inside(patches, self._present(cls, images))
         left = torch.cat([torch.cat([cls[m][:, None], reduced.tokens[m]], 1) for m in MODALITIES])
-        return tower.project(tower.run(left, self.inside_after, None)), reduced.masks, reduced.soft
+        return tower.project(tower.run(left, self.inside_after, None)), reduced.masks, getattr(reduced, "soft", {})
 
     def _present(self, guides: dict[str, Tensor], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.missing_guide == "keep":
