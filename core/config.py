@@ -119,13 +119,17 @@ def _reached(values: Iterable[Any], bindings: Mapping[str, Binding]) -> set[str]
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """One statement. `selector` is the full component name; macros have an empty `argument` and their name as selector."""
+    """One statement. `selector` is the full component name; macros have an empty `argument` and their name as selector.
+
+    What comes from an included file is a default: that a binding of a narrower scope replaces it everywhere is no mistake.
+    """
 
     scope: str
     selector: str
     argument: str
     value: Any
     source: str
+    included: bool = False
 
     @property
     def is_macro(self) -> bool:
@@ -135,6 +139,15 @@ class Binding:
     def key(self) -> str:
         head = (f"{self.scope}/" if self.scope else "") + self.selector
         return head if self.is_macro else f"{head}.{self.argument}"
+
+
+_INCLUDED = "# from an included file"
+
+
+def _within(wider: Binding, scope: str, selector: str, argument: str) -> bool:
+    """Whether a parameter of a component in a scope is one that a binding of a wider scope gives too."""
+    around = f"{wider.scope}/" if wider.scope else ""
+    return (selector, argument) == (wider.selector, wider.argument) and scope != wider.scope and scope.startswith(around)
 
 
 @dataclasses.dataclass
@@ -166,13 +179,20 @@ class Config:
         bound = self.bindings.get(name)
         return default if bound is None else self.resolve(bound.value)
 
-    def text(self) -> str:
-        """The canonical gin text: imports and macros that are used first, then bindings, each sorted, all names in full."""
+    def text(self, *, extensible: bool = False) -> str:
+        """The canonical gin text: imports and macros that are used first, then bindings, each sorted, all names in full.
+
+        A binding of an included file that one of a narrower scope may replace is marked as such, so that it is no less a default
+        where this text is read; with `extensible` every one is, as narrower ones may come on top.
+        """
         used = _reached([b.value for b in self.bindings.values() if not b.is_macro], self.bindings)
         macros = sorted((b for b in self.bindings.values() if b.is_macro and b.key in used), key=lambda b: b.key)
         rest = sorted((b for b in self.bindings.values() if not b.is_macro), key=lambda b: b.key)
         imports = "".join(f"import {module}\n" for module in sorted(self.imports))
-        return imports + "".join(f"{b.key} = {format_value(b.value)}\n" for b in macros + rest)
+        scopes = {(b.scope, b.selector, b.argument) for b in rest}
+        replaceable = {b.key for b in rest if b.included and (extensible or any(_within(b, *other) for other in scopes))}
+        marks = dict.fromkeys(replaceable, f"  {_INCLUDED}")
+        return imports + "".join(f"{b.key} = {format_value(b.value)}{marks.get(b.key, '')}\n" for b in macros + rest)
 
     def effective(self) -> dict[str, str]:
         """Every parameter binding with macros replaced, as text: what makes two configs the same run."""
@@ -285,6 +305,7 @@ class _Reader:
 
     def parse(self, text: str, label: str, folder: Path, chain: tuple[Path, ...], *, source: str | None = None) -> None:
         seen: dict[str, str] = {}
+        lines = text.split("\n")
         try:
             parser = config_parser.ConfigParser(text, _Delegate())
             for statement in parser:
@@ -304,6 +325,8 @@ class _Reader:
                             f"{where}: {binding.key} is bound twice in one place (first at {seen[binding.key]}); remove one"
                         )
                     seen.setdefault(binding.key, where)
+                    if len(chain) > 1 or lines[statement.location.line_num - 1].endswith(_INCLUDED):
+                        binding = dataclasses.replace(binding, included=True)
                     self.statements.append((binding, label))
         except SyntaxError as error:
             line = f":{error.lineno}" if error.lineno and source is None else ""
@@ -452,7 +475,7 @@ class Draft:
         winning = dict(self.bindings)
         for override in overrides:
             winning.update((binding.key, binding) for binding in self._override(override)[0])
-        return Config(self.file, tuple(overrides), winning, {}, self.files, self.imports).text()
+        return Config(self.file, tuple(overrides), winning, {}, self.files, self.imports).text(extensible=True)
 
     def _override(self, override: str) -> tuple[list[Binding], list[str]]:
         if override not in self._parsed:
@@ -1017,8 +1040,8 @@ def unused(config: Config) -> list[str]:
             if binding.key in winners:
                 continue
             stronger = next((config.bindings[winner] for winner, replaced in winners.items() if binding.key in replaced), None)
-            if stronger is not None and _is_included(binding, config):
-                continue  # a default of a file below, which this config overrides
+            if stronger is not None and binding.included:
+                continue
             parts = binding.scope.split("/") if binding.scope else []
             called = [scope for scope, _ in reached.get(selector, []) if scope.split("/")[: len(parts)] == parts or not parts]
             reason = (
@@ -1032,8 +1055,3 @@ def unused(config: Config) -> list[str]:
             )
             lines.append(f"{binding.source}: {binding.key} = {format_value(binding.value)} took no effect: {reason}; remove it")
     return lines
-
-
-def _is_included(binding: Binding, config: Config) -> bool:
-    """Whether a binding stands in a file that the config's own includes."""
-    return not binding.source.startswith("--set ") and binding.source.rpartition(":")[0] != config.files[0]

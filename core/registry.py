@@ -611,9 +611,10 @@ def add_module(module: str) -> None:
         above = _package_folder(parent) if parent else None
         spec = None if parent else importlib.util.find_spec(module)
         origin = above / f"{last}.py" if above else Path(spec.origin) if spec and spec.origin else None
-        if origin is None or (above and not origin.is_file()):
+        compiled = module in sys.modules or (above is not None and any(above.glob(f"{last}.*")))
+        if not compiled and (origin is None or (above and not origin.is_file())):
             raise ValueError(f"no module {module!r} is importable here; install it, or put its folder on PYTHONPATH")
-        files = [(origin, module)] if origin.suffix == ".py" else []  # a compiled or built-in module registers nothing
+        files = [(origin, module)] if origin and origin.suffix == ".py" and origin.is_file() else []
     known = index()
     for path, name in files:
         try:
@@ -621,8 +622,9 @@ def add_module(module: str) -> None:
             if b"core" not in text or b"registry" not in text:
                 continue  # however large the package
             for component in _scan(path, name, _declared(name, path) or name.split(".")[-1], "", module):
-                other = known.setdefault(component.name, component)
-                if (other.file, other.line) != (component.file, component.line):
+                other = known.get(component.name, component)
+                known[component.name] = component if other.file == component.file else other
+                if other.file != component.file:
                     raise ValueError(
                         f"{component.name} is registered twice, at {other.file}:{other.line} and {component.file}:{component.line}"
                     )

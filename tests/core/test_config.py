@@ -210,6 +210,11 @@ def test_a_binding_that_another_replaced_names_it_and_a_default_below_is_none(gi
     assert "in that scope" in elsewhere
     assert "o/optim.AdamW.weight_decay" in supplied
     assert "the caller supplies this value itself" in supplied
+    for text in (config.text(), configs.draft(gin_file(above)).text()):  # as a run folder and a sweep keep it, nothing is lost
+        again = configs.read(gin_file(text, "again.gin"))
+        assert [b.key for b in again.bindings.values() if b.included] == ["optim.AdamW.lr"]
+        assert "optim.AdamW.lr = 0.1  # from an included file\n" in again.text()
+        configs.apply(again)
 
 
 def test_an_allowed_import_is_made_and_what_it_registers_may_be_used(gin_file, tmp_path, monkeypatch):
@@ -219,13 +224,15 @@ def test_an_allowed_import_is_made_and_what_it_registers_may_be_used(gin_file, t
     (tmp_path / "lab_package").mkdir()
     (tmp_path / "lab_package" / "__init__.py").write_text("__plugin__ = 'lab'\n")
     (tmp_path / "lab_package" / "inner.py").write_text(module.format("Cold"))
-    file = gin_file("import lab_single\nimport lab_package\nimport json\nlab_single.Warm.steps = 4\nCold.steps = 5\n")
-    assert sum("would execute it" in p for p in problems(file)) == 3
+    file = gin_file(
+        "import lab_single\nimport lab_package\nimport json\nimport os.path\nlab_single.Warm.steps = 4\nCold.steps = 5\n"
+    )
+    assert sum("would execute it" in p for p in problems(file)) == 4
     try:
         config = configs.read(file, allow_imports=True)
         assert not {"lab_single", "lab_package"} & sys.modules.keys()
         assert config.plugins() == []
-        assert config.text().startswith("import json\nimport lab_package\nimport lab_single\n")
+        assert config.text().startswith("import json\nimport lab_package\nimport lab_single\nimport os.path\n")
         again = configs.read(gin_file(config.text(), "again.gin"), allow_imports=True)
         assert (again.signature, again.text()) == (config.signature, config.text())
         (found,) = problems(file, "lab.Cold.steps='x'", allow_imports=True)
