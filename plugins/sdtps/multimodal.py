@@ -35,7 +35,8 @@ class Enhanced:
         tokens: (b, t, c) aggregated tokens with the extra token last.
         masks: (b, n) the decision matrix D over the patches.
         kept: (b, k) positions of the kept patches, best first; empty where a soft mask keeps all of them.
-        soft: (b, n) the relaxation behind the mask, where the mask carries a gradient; else no entries.
+        soft: (b, n) the relaxation behind the mask, for a ratio constraint; no entries where the mask is a constant, or where the
+            module gives none.
     """
 
     tokens: dict[str, Float[Tensor, "b t c"]]
@@ -184,9 +185,7 @@ class MultiModalSDTPS(nn.Module):
         if fused is not None:
             return fused
         tokens, masks, kept, soft = {}, {}, {}, {}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.selection_no_grad):
-            selections = self._select(patches, maps, uniforms)
-        for name, selection in selections.items():
+        for name, selection in self._choose(patches, maps, uniforms).items():
             tokens[name], masks[name], kept[name] = selection.tokens, selection.mask, selection.kept
             if selection.soft is not None:
                 soft[name] = selection.soft
@@ -222,7 +221,16 @@ class MultiModalSDTPS(nn.Module):
         uniforms: Mapping[str, Float[Tensor, "b n"]] | None = None,
     ) -> dict[str, Selection]:
         """The first half of `forward`: what is kept of each modality, before aggregation. Arguments as there."""
-        return self._select(patches, self.attention(patches, guides), uniforms)
+        return self._choose(patches, self.attention(patches, guides), uniforms)
+
+    def _choose(
+        self,
+        patches: Mapping[str, Float[Tensor, "b n c"]],
+        maps: Mapping[str, Float[Tensor, "b g n"]],
+        uniforms: Mapping[str, Float[Tensor, "b n"]] | None,
+    ) -> dict[str, Selection]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.selection_no_grad):
+            return self._select(patches, maps, uniforms)
 
     def _select(
         self,

@@ -319,6 +319,7 @@ def test_a_selection_without_gradient_teaches_the_aggregation_alone():
     torch.stack([t.square().sum() for t in enhanced.tokens.values()]).sum().backward()
     assert all(v.grad is None for v in (*patches.values(), *guides.values()))
     assert all(p.grad is not None for p in module.parameters())
+    assert not any(chosen.tokens.requires_grad for chosen in module.choose(patches, guides).values())
     for sparse in ({}, {**released, "use_gumbel": True}, {**released, "selection": "relaxed"}):
         with pytest.raises(
             ValueError, match=r"selection_no_grad = True, but the selection is to learn.*TokenSparse\.score = 'sum'"
