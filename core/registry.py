@@ -24,6 +24,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import signal
 import sys
 import threading
@@ -214,6 +215,7 @@ def _text(node: ast.expr | None) -> str:
 
 _CORE = Path(__file__).parent
 _REGISTER = f"{__name__}.register"
+_MENTIONED = re.compile(rb"\bregister\b")
 _PLAIN_BASES = {"object", "abc.ABC", "typing.Generic", "typing.Protocol", "typing_extensions.Protocol"}
 _PLAIN_DECORATORS = {"final", "runtime_checkable", "total_ordering"}
 _Signature = tuple[tuple[Parameter, ...], bool]
@@ -503,7 +505,7 @@ def _scan(path: Path, module: str, space: str, plugin: str, distribution: str) -
         SyntaxError: if it does not parse, and may register something.
         ValueError: if what has to be written out is computed.
     """
-    if path.name != "__init__.py" and b"register" not in path.read_bytes():
+    if path.name != "__init__.py" and not _MENTIONED.search(path.read_bytes()):
         return
     outline, near = _outline(path, module), (module, path)
     for node in outline.decorated:
