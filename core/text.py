@@ -124,7 +124,8 @@ class EmbeddingTable(TextEncoder):
         path: the file. Names are compared in lower case, with single spaces.
 
     Raises:
-        ValueError: if the file is missing or of another form; if a text is not in the table (nearest names are listed).
+        ValueError: if the file is missing, damaged or of another form, if two of its names are the same word, or if a value is
+            not a finite real number; if a text is not in the table (nearest names are listed).
     """
 
     def __init__(self, path: str):
@@ -132,40 +133,74 @@ class EmbeddingTable(TextEncoder):
         if not file.is_file():
             raise ValueError(f"embedding file {path} does not exist")
         self.path = file
-        table = self._read(file)
-        widths = {tuple(v.shape) for v in table.values()}
-        if not table or len(widths) != 1 or len(next(iter(widths))) != 1:
+        self.table: dict[str, Tensor] = {}
+        spelled: dict[str, str] = {}
+        for name, vector in self._read(file).items():
+            key = " ".join(name.lower().split())
+            if key in spelled:
+                raise ValueError(f"embedding file {path} names {key!r} twice, as {spelled[key]!r} and {name!r}; keep one of them")
+            spelled[key], self.table[key] = name, self._vector(file, name, vector)
+        widths = {tuple(v.shape) for v in self.table.values()}
+        if not widths or len(widths) != 1 or len(next(iter(widths))) != 1:
             raise ValueError(
-                f"{path} must hold one vector a name, all of one width; found {len(table)} names, shapes {sorted(widths)}"
+                f"{path} must hold one vector a name, all of one width; found {len(self.table)} names, shapes {sorted(widths)}"
             )
-        self.table = {" ".join(name.lower().split()): v.float() for name, v in table.items()}
         self.dim = next(iter(widths))[0]
         self.fingerprint = f"table-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
 
     @staticmethod
-    def _read(file: Path) -> dict[str, Tensor]:
-        names: Sequence[str] | None
+    def _vector(file: Path, name: str, value: Any) -> Tensor:
+        """A value of the file as float32."""
+        try:
+            vector = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"embedding file {file}: {name!r} is no vector of numbers ({type(value).__name__})") from error
+        if vector.is_complex():
+            raise ValueError(f"embedding file {file}: {name!r} is complex; vectors must be real")
+        vector = vector.float()
+        if not bool(vector.isfinite().all()):
+            raise ValueError(f"embedding file {file}: {name!r} holds values that are not finite in float32; make its vector again")
+        return vector
+
+    @classmethod
+    def _read(cls, file: Path) -> dict[str, Any]:
+        """Names and what stands for their vectors."""
+        if file.suffix not in (".npz", ".pt", ".pth", ".safetensors"):
+            raise ValueError(f"{file} must end in .npz, .pt, .pth or .safetensors")
+        try:
+            names, loaded = cls._load(file)
+        except Exception as error:  # each library has its own for a damaged file
+            said = (str(error).splitlines() or [""])[0]
+            safely = " without running code in it" if file.suffix != ".safetensors" else ""
+            raise ValueError(f"cannot read {file}{safely}: {type(error).__name__}: {said}") from error
+        odd = next((n for n in (loaded if names is None else ()) if not isinstance(n, str)), None)
+        if odd is not None:
+            raise ValueError(f"embedding file {file} has the name {odd!r}; a name is a text")
+        if names is None:
+            return loaded
+        if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"embedding file {file}: `names` must be a list of texts, got {str(names)[:80]}")
+        rows = loaded.get("embeddings")
+        if not hasattr(rows, "__len__") or not getattr(rows, "shape", (1,)) or len(rows) != len(names):  # type: ignore[arg-type]
+            raise ValueError(f"{file} has {len(names)} names and needs as many rows under `embeddings`")
+        twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
+        if twice is not None:
+            raise ValueError(f"embedding file {file} names {twice!r} twice; keep one of them")
+        return dict(zip(names, rows))  # type: ignore[arg-type]
+
+    @staticmethod
+    def _load(file: Path) -> tuple[Any, dict[Any, Any]]:
+        """The names, or None where each tensor has its own, and the tensors."""
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as arrays:
-                loaded: dict[str, Any] = {k: arrays[k] for k in arrays.files}
-            names = [str(n) for n in loaded.pop("names")] if "names" in loaded else None
-        elif file.suffix in (".pt", ".pth"):
-            try:
-                loaded = dict(torch.load(file, map_location="cpu", weights_only=True))
-            except Exception as error:
-                raise ValueError(f"cannot read {file} without running code in it: {str(error).splitlines()[0]}") from error
-            names = loaded.pop("names", None)
-        elif file.suffix == ".safetensors":
+                loaded: dict[Any, Any] = {k: arrays[k] for k in arrays.files}
+            return (loaded.pop("names").tolist() if "names" in loaded else None), loaded
+        if file.suffix == ".safetensors":
             with safe_open(str(file), framework="pt") as handle:
                 names = json.loads((handle.metadata() or {}).get("names", "null"))
-                loaded = {k: handle.get_tensor(k) for k in handle.keys()}  # noqa: SIM118
-        else:
-            raise ValueError(f"{file} must end in .npz, .pt, .pth or .safetensors")
-        if names is None:
-            return {k: torch.as_tensor(v) for k, v in loaded.items()}
-        if "embeddings" not in loaded or len(loaded["embeddings"]) != len(names):
-            raise ValueError(f"{file} has {len(names)} names and needs as many rows under `embeddings`")
-        return dict(zip(names, torch.as_tensor(loaded["embeddings"])))
+                return names, {k: handle.get_tensor(k) for k in handle.keys()}  # noqa: SIM118
+        loaded = dict(torch.load(file, map_location="cpu", weights_only=True))
+        return loaded.pop("names", None), loaded
 
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "n c"]:
         keys = [" ".join(text.lower().split()) for text in texts]

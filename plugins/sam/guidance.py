@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from core.checkpoint import CheckpointError, write_atomic
+from core.options import require_choice
 from core.registry import register
 from core.text import CLIP_PROMPTS, TextEncoder, WordLlamaText, prompted
 from plugins.sam.datasets import Record, RGBDScenes
@@ -33,15 +34,18 @@ _UPSTREAM_ALIASES = {
     "clothes": "clothing", "bathtub": "bath tub", "bookshelf": "bookcase", "shelves": "shelf",
 }  # fmt: skip
 _FIXED_ALIASES = {**_UPSTREAM_ALIASES, "fridge": "refrigerator"}
+LabelAlias = Literal["fixed", "upstream", "none"]
 LOOKED_AT, TOO_GOOD = 48, 0.9  # images of a split compared with their labels, and the share that makes a file an oracle
 
 
-def normalise(label: str, rule: Literal["fixed", "upstream"] = "fixed") -> str:
+def normalise(label: str, rule: LabelAlias = "fixed") -> str:
     """A label as it goes into a prompt: lower case, single spaces, spelled one way.
 
     `upstream` leaves SUN RGB-D's underscores and its `fridge`, so that the encoder reads "a floor_mat"; `fixed` gives both
-    data sets the same words.
+    data sets the same words. `none` changes nothing: for a table of vectors by the data set's own names.
     """
+    if rule == "none":
+        return label
     text = label.replace("_", " ") if rule == "fixed" else label
     text = " ".join(text.lower().split())
     return (_FIXED_ALIASES if rule == "fixed" else _UPSTREAM_ALIASES).get(text, text)
@@ -70,12 +74,15 @@ class _Named(Guidance):
     """Guidance whose tokens stand for names: holds the encoder and how names become vectors."""
 
     def __init__(
-        self, encoder: Callable[..., TextEncoder], prompts: str, label_alias: Literal["fixed", "upstream"], renorm_text: bool
+        self,
+        encoder: Callable[..., TextEncoder],
+        prompts: str,
+        label_alias: Literal["fixed", "upstream", "none"],
+        renorm_text: bool,
     ):
         if prompts not in ("clip", "none"):
             raise ValueError(f"prompts must be clip (three prompts) or none (the bare label), got {prompts!r}")
-        if label_alias not in ("fixed", "upstream"):
-            raise ValueError(f"label_alias must be fixed or upstream, got {label_alias!r}")
+        require_choice("label_alias", label_alias, LabelAlias)
         self.encoder = encoder()
         self.dim = self.encoder.dim
         self.prompts, self.label_alias, self.renorm_text = prompts, label_alias, renorm_text
@@ -98,7 +105,10 @@ def _padded(vectors: Tensor, count: int) -> Tensor:
 def _json(path: Path, what: str) -> Any:
     if not path.is_file():
         raise ValueError(f"{what} file {path} does not exist")
-    text = path.read_text(encoding="utf-8").strip()
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} file {path} is not UTF-8: {error}; save it as UTF-8") from error
     if not text:
         raise ValueError(f"{what} file {path} is empty")
     try:
@@ -137,15 +147,22 @@ class _Stored:
 class _Matcher:
     """Finds the entry of an image among keys such as `RGB/12.jpg`.
 
-    `exact` takes the path, then the file name, then the stem. `upstream` falls back on any number in the file name, and can
-    so give an image the entry of another (SUN RGB-D's train_7 and test_7).
+    `exact` takes the path, then the file name, then the stem; a name or stem that several keys have is no key's. `upstream` takes
+    the first of these, and falls back on any number in the file name: it can so give an image the entry of another (SUN RGB-D's
+    train_7 and test_7).
+
+    Raises:
+        ValueError: from `find`, with `exact`, if several entries would fit an image.
     """
 
-    def __init__(self, keys: Sequence[str], rule: Literal["exact", "upstream"]):
-        self.keys: dict[str, str] = {}
+    def __init__(self, keys: Sequence[str], rule: Literal["exact", "upstream"], what: str):
+        self.keys: dict[str, list[str]] = {}
+        self.rule, self.what = rule, what
         for form in (lambda k: k, lambda k: Path(k).name, lambda k: Path(k).stem):
             for key in keys:
-                self.keys.setdefault(form(key), key)
+                fitting = self.keys.setdefault(form(key), [])
+                if key not in fitting and form(key) not in fitting:  # a whole path before the name of another
+                    fitting.append(key)
         self.numbers: dict[str, str] = {}
         if rule == "upstream":
             for key in keys:
@@ -154,9 +171,54 @@ class _Matcher:
 
     def find(self, image: str) -> str | None:
         for form in (image, Path(image).name, Path(image).stem):
-            if form in self.keys:
-                return self.keys[form]
+            if fitting := self.keys.get(form):
+                if len(fitting) > 1 and self.rule == "exact":
+                    raise ValueError(
+                        f"{self.what}: {', '.join(fitting[:3])} all fit the image {image}; name it by its path, {image}, and once"
+                    )
+                return fitting[0]
         return next((self.numbers[n] for x in re.findall(r"\d+", Path(image).stem) if (n := str(int(x))) in self.numbers), None)
+
+
+# --- tags from labels -------------------------------------------------------------------------------------------------
+
+
+def _class_words(classes: Sequence[str]) -> dict[str, int]:
+    """Spellings of the classes, lower case: as the data set has them, and as any alias does."""
+    known = {normalise(name): k for k, name in enumerate(classes)}
+    known.update({name.replace("_", " ").lower(): k for k, name in enumerate(classes)})
+    known.update({alias: known[word] for alias, word in _FIXED_ALIASES.items() if word in known and alias not in known})
+    return known
+
+
+def _named_in(sentences: Sequence[str], known: Mapping[str, int]) -> set[int]:
+    """Classes that a text names, in the singular or plural; of two that overlap, the longer one."""
+    words = "|".join(re.escape(w) for w in sorted(known, key=len, reverse=True))
+    text = " . ".join(" ".join(s.replace("_", " ").lower().split()) for s in sentences)
+    return {known[found] for found in re.findall(rf"\b({words})(?:s|es)?\b", text)}
+
+
+def _refuse_oracle(path: Path, scenes: RGBDScenes, told: Mapping[str, set[int]]) -> None:
+    """Compare the classes that are told of an image with the largest of its label map, on some images of each split: one split is
+    enough to cheat.
+
+    Only classes that are named for some image of the split are ranked, so that leaving some out everywhere hides nothing.
+    """
+    for split, records in (("train", scenes.train), ("test", scenes.test)):
+        vocabulary = set().union(*(told[r.image] for r in records))
+        agree, looked = 0, 0
+        for record in records[:: max(1, len(records) // LOOKED_AT)][:LOOKED_AT]:
+            named, left_out = told[record.image], vocabulary - told[record.image]
+            if len(named) < 2 or not left_out:
+                continue
+            counts = np.bincount(scenes.read(record).label.ravel(), minlength=256)
+            smallest = min(int(counts[k]) for k in named)
+            looked += 1
+            agree += smallest > 0 and smallest >= max(int(counts[k]) for k in left_out)
+        if looked >= 8 and agree / looked >= TOO_GOOD:
+            raise ValueError(
+                _refusal(path, f"on {agree} of {looked} {split} images it names exactly the largest classes of the label map")
+            )
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -186,7 +248,7 @@ class ImageTags(_Named):
         encoder: Callable[..., TextEncoder] = WordLlamaText,
         max_tags: int = 6,
         prompts: Literal["clip", "none"] = "clip",
-        label_alias: Literal["fixed", "upstream"] = "fixed",
+        label_alias: Literal["fixed", "upstream", "none"] = "fixed",
         renorm_text: bool = False,
         match: Literal["exact", "upstream"] = "exact",
         cache: bool = True,
@@ -225,7 +287,7 @@ class ImageTags(_Named):
         if path.name == ORACLE:
             raise ValueError(_refusal(path, "its name says so"))
         table = self.read(path)
-        matcher = _Matcher(list(table), self.match)
+        matcher = _Matcher(list(table), self.match, f"tag file {path}")
         records = (*scenes.train, *scenes.test)
         found = {r.image: matcher.find(r.image) for r in records}
         without = sum(k is None for k in found.values())
@@ -234,7 +296,10 @@ class ImageTags(_Named):
                 f"tag file {path} names none of the {len(records)} images; its keys look like {next(iter(table))!r}, images like {records[0].image!r}"
             )
         self.names = {image: table[key] if key is not None else [] for image, key in found.items()}
-        self._refuse_oracle(path, scenes)
+        known = _class_words(scenes.classes)
+        for count in (None, self.count):  # all tags of an image, and those that become tokens
+            told = {i: {known[w] for n in names[:count] if (w := normalise(n)) in known} for i, names in self.names.items()}
+            _refuse_oracle(path, scenes, told)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         stored = _Stored(scenes.root, self.key(scenes.title, self.count, self.match, digest), "imglabels")
         feats = stored.load(self.count, self.dim) if self.cache else None
@@ -250,26 +315,6 @@ class ImageTags(_Named):
         self.feats = feats
         return {"images_without_tags": sum(not n for n in self.names.values())}
 
-    def _refuse_oracle(self, path: Path, scenes: RGBDScenes) -> None:
-        """Compare tags with the largest classes of the label maps on some images of each split: one split is enough to cheat."""
-        known = {normalise(name, self.label_alias): k for k, name in enumerate(scenes.classes)}
-        for split, records in (("train", scenes.train), ("test", scenes.test)):
-            step = max(1, len(records) // LOOKED_AT)
-            agree, looked = 0, 0
-            for record in records[::step][:LOOKED_AT]:
-                told = {known[n] for n in self.names[record.image] if n in known}
-                if len(told) < 2:
-                    continue
-                counts = np.bincount(scenes.read(record).label.ravel(), minlength=256)[: min(37, len(scenes.classes))]
-                looked += 1
-                agree += told == set(np.argsort(-counts, kind="stable")[: len(told)].tolist())
-            if looked >= 8 and agree / looked >= TOO_GOOD:
-                raise ValueError(
-                    _refusal(
-                        path, f"on {agree} of {looked} {split} images the tags are exactly the largest classes of the label map"
-                    )
-                )
-
     def tokens(self, record: Record) -> Float[Tensor, "t c"]:
         return self.feats[record.image]
 
@@ -279,7 +324,7 @@ class ImageTags(_Named):
 
 def _refusal(path: Path, why: str) -> str:
     return (
-        f"tag file {path} was computed from the label maps: {why}. Such tags tell the model the answer; "
+        f"{path} was computed from the label maps: {why}. Such tags tell the model the answer; "
         "if that is what you want, ask for it by name: sam.GroundTruthTags"
     )
 
@@ -298,10 +343,12 @@ class GroundTruthTags(_Named):
         max_tags: int = 5,
         encoder: Callable[..., TextEncoder] = WordLlamaText,
         prompts: Literal["clip", "none"] = "clip",
-        label_alias: Literal["fixed", "upstream"] = "fixed",
+        label_alias: Literal["fixed", "upstream", "none"] = "fixed",
         renorm_text: bool = False,
     ):
         super().__init__(encoder, prompts, label_alias, renorm_text)
+        if max_tags < 1:
+            raise ValueError(f"max_tags must be at least 1, got {max_tags}")
         self.count = max_tags
 
     def open(self, scenes: RGBDScenes) -> dict[str, int]:
@@ -333,7 +380,7 @@ class ClassNames(_Named):
         self,
         encoder: Callable[..., TextEncoder] = WordLlamaText,
         prompts: Literal["clip", "none"] = "clip",
-        label_alias: Literal["fixed", "upstream"] = "fixed",
+        label_alias: Literal["fixed", "upstream", "none"] = "fixed",
         renorm_text: bool = False,
     ):
         super().__init__(encoder, prompts, label_alias, renorm_text)
@@ -357,18 +404,19 @@ class Captions(_Named):
     """Sentences of a description of each image, from JSON: [{"rgb_path": "RGB/<name>.jpg", "description": "…"}, …].
 
     Args:
-        path: the file.
+        path: the file; None takes `captions.json` in the data set's folder.
         max_sentences: tokens of an image.
         encoder, renorm_text: as in ImageTags (sentences stand for themselves, without prompts).
         match: as in ImageTags.
 
     Raises:
-        ValueError: if the file is missing, empty, of another form, or describes none of the images.
+        ValueError: if the file is missing, empty, of another form, describes an image twice or none at all, or names just the
+            largest classes of the label maps.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         max_sentences: int = 10,
         encoder: Callable[..., TextEncoder] = WordLlamaText,
         renorm_text: bool = False,
@@ -380,19 +428,28 @@ class Captions(_Named):
         self.path, self.count, self.match = path, max_sentences, match
 
     def open(self, scenes: RGBDScenes) -> dict[str, int]:
-        loaded = _json(Path(self.path), "caption")
+        path = Path(self.path) if self.path is not None else scenes.root / "captions.json"
+        loaded = _json(path, "caption")
         if not isinstance(loaded, list) or not all(isinstance(e, dict) and {"rgb_path", "description"} <= set(e) for e in loaded):
-            raise ValueError(f"caption file {self.path} must be a JSON list of objects with rgb_path and description")
-        table = {
-            str(e["rgb_path"]): [s.strip() for s in re.split(r"[.!?;。！？；]+", str(e["description"])) if s.strip()]
-            for e in loaded
-        }
-        matcher = _Matcher(list(table), self.match)  # type: ignore[arg-type]
+            raise ValueError(f"caption file {path} must be a JSON list of objects with rgb_path and description")
+        table: dict[str, list[str]] = {}
+        for number, entry in enumerate(loaded, 1):
+            image, description = entry["rgb_path"], entry["description"]
+            if not isinstance(image, str) or not isinstance(description, str):
+                raise ValueError(f"caption file {path}: entry {number} holds {entry!r}; rgb_path and description are texts")
+            if image in table:
+                raise ValueError(f"caption file {path} describes {image} twice (again in entry {number}); keep one description")
+            table[image] = [s.strip() for s in re.split(r"[.!?;。！？；]+", description) if s.strip()]
+        if not any(table.values()):
+            raise ValueError(f"caption file {path} holds no sentence ({len(table)} images)")
+        matcher = _Matcher(list(table), self.match, f"caption file {path}")  # type: ignore[arg-type]
         records = (*scenes.train, *scenes.test)
         found = {r.image: matcher.find(r.image) for r in records}
         if all(k is None for k in found.values()):
-            raise ValueError(f"caption file {self.path} describes none of the {len(records)} images")
+            raise ValueError(f"caption file {path} describes none of the {len(records)} images")
         self.sentences = {image: table[key][: self.count] if key is not None else [] for image, key in found.items()}
+        known = _class_words(scenes.classes)
+        _refuse_oracle(path, scenes, {image: _named_in(sentences, known) for image, sentences in self.sentences.items()})
         self.feats = {image: _padded(self.vectors(s), self.count) for image, s in self.sentences.items()}
         return {"images_without_caption": sum(not s for s in self.sentences.values())}
 
@@ -408,10 +465,10 @@ class BothTexts(Guidance):
     """Two sources, one after the other; both must be of one width.
 
     Args:
-        first, second: constructors of guidances.
+        first, second: constructors of guidances; as in the release, the class names and then the sentences.
     """
 
-    def __init__(self, first: Callable[..., Guidance] = ClassNames, second: Callable[..., Guidance] = ImageTags):
+    def __init__(self, first: Callable[..., Guidance] = ClassNames, second: Callable[..., Guidance] = Captions):
         self.parts = (first(), second())
         widths = [part.dim for part in self.parts]
         if widths[0] != widths[1]:

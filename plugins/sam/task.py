@@ -259,7 +259,14 @@ class Segmentation(Task):
 
     def _score(self, model: nn.Module, predictor: Predictor) -> dict[str, float]:
         confusion = Confusion(len(self.scenes.classes), IGNORE)
-        for _, probabilities, labels in self._pictures(model, predictor, self.test):
+        for first, probabilities, labels in self._pictures(model, predictor, self.test):
+            broken = (~probabilities.isfinite().flatten(1).all(dim=1)).nonzero()
+            if len(broken):  # argmax would call every such pixel class 0
+                image = self.test.records[first + int(broken[0])].image
+                raise FloatingPointError(
+                    f"evaluation: the probabilities of {image} are not finite; its image, depth or text, or the weights, hold "
+                    "NaN or infinite values"
+                )
             confusion.add(probabilities.argmax(dim=1), labels)
         result = confusion.result(self.absent)
         by_class = {f"IoU/{name}": iou for name, iou in zip(self.scenes.classes, result.iou) if not math.isnan(iou)}

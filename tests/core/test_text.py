@@ -271,3 +271,34 @@ def test_clip_text_says_what_is_missing(clip, tmp_path):
     torch.save({**state, "token_embedding.weight": state["token_embedding.weight"][:100]}, tmp_path / "small.pt")
     with pytest.raises(ValueError, match="is no vocabulary of these weights"):
         CLIPText(str(tmp_path / "small.pt"), str(folder / "merges.txt"))
+
+
+def test_a_damaged_or_odd_embedding_file_is_one_error_that_names_it(tmp_path):
+    one = torch.ones(3)
+    arrays = {
+        "complex": {"bed": np.ones(3, np.complex64)},
+        "nan": {"bed": np.array([np.nan, 1.0])},
+        "beyond": {"bed": np.array([1e300, 1.0])},
+        "nodim": {"names": np.array("bed"), "embeddings": np.ones((1, 3))},
+        "texts": {"names": np.array(["bed"]), "embeddings": np.array(["x"])},
+        "scalar": {"names": np.array(["bed"]), "embeddings": np.ones(())},
+        "same": {"names": np.array(["bed", "Bed "]), "embeddings": np.eye(2)},
+        "twice": {"names": np.array(["bed", "bed"]), "embeddings": np.eye(2)},
+        "flat": {"names": np.array(["bed", "sofa"]), "embeddings": np.ones(2)},
+    }
+    for stem, held in arrays.items():
+        np.savez(tmp_path / f"{stem}.npz", **held)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "same.npz").read_bytes()[:200])
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "damaged.safetensors").write_bytes(b"garbage!" * 4)
+    for stem, held in {"key": {1: one}, "name": {"names": ["bed", 3], "embeddings": torch.eye(2)}, "word": {"bed": "abc"}}.items():
+        torch.save(held, tmp_path / f"{stem}.pt")
+    for stem, names in (("split", "bed,sofa"), ("object", '{"a": 1, "b": 2}'), ("number", "3")):
+        save_file({"embeddings": torch.ones(2, 3)}, str(tmp_path / f"{stem}.safetensors"), metadata={"names": names})
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == len(arrays) + 9
+    for file in files:
+        with pytest.raises(ValueError, match=file.name):
+            EmbeddingTable(str(file))
+    torch.save({"bed": one.to(torch.bfloat16)}, tmp_path / "half.pt")
+    assert EmbeddingTable(str(tmp_path / "half.pt")).embed(["Bed"]).dtype == torch.float32

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from core.text import HashedText, prompted
-from plugins.sam.datasets import NYUDepthv2
+from core.text import EmbeddingTable, HashedText, prompted
+from plugins.sam.classes import NYU40, SUN37
+from plugins.sam.datasets import NYUDepthv2, RGBDScenes
 from plugins.sam.guidance import BothTexts, Captions, ClassNames, ConstantTokens, GroundTruthTags, ImageTags, normalise
 from plugins.sam.rgbd_sample import ORACLE
 
@@ -89,7 +90,7 @@ def test_ground_truth_is_refused_by_name_and_by_looking(scenes, tmp_path):
     with pytest.raises(ValueError, match=r"its name says so.*GroundTruthTags"):
         Tags(str(scenes.root / ORACLE)).open(scenes)
     (tmp_path / "innocent.json").write_text((scenes.root / ORACLE).read_text())
-    with pytest.raises(ValueError, match="on 10 of 10 train images the tags are exactly the largest classes"):
+    with pytest.raises(ValueError, match="on 10 of 10 train images it names exactly the largest classes"):
         Tags(str(tmp_path / "innocent.json")).open(scenes)
     # Of the test images alone is as bad: there it decides the figure.
     swapped = NYUDepthv2(str(scenes.root))
@@ -97,7 +98,7 @@ def test_ground_truth_is_refused_by_name_and_by_looking(scenes, tmp_path):
     oracle = json.loads((scenes.root / ORACLE).read_text())
     for name in {r.image for r in swapped.train}:
         oracle[name] = ["bed", "lamp"]
-    with pytest.raises(ValueError, match="on 10 of 10 test images the tags are exactly the largest classes"):
+    with pytest.raises(ValueError, match="on 10 of 10 test images it names exactly the largest classes"):
         Tags(write(tmp_path / "test_only.json", oracle)).open(swapped)
     asked = GroundTruthTags(max_tags=5, encoder=ENCODER)
     assert asked.open(scenes) == {"images_with_tags_from_labels": 13}
@@ -172,3 +173,80 @@ def test_class_names_captions_both_and_the_control(scenes, tmp_path):
     control.open(scenes)
     assert torch.equal(control.tokens(scenes.train[0]), control.tokens(scenes.test[0]))
     assert np.linalg.matrix_rank(control.tokens(scenes.train[0]).numpy()) == 6
+
+
+def test_vectors_keyed_by_a_data_set_s_own_names_are_found(tmp_path):
+    for title, names in (("nyu", NYU40), ("sun", SUN37)):
+        path = tmp_path / f"{title}.npz"
+        np.savez(path, names=np.array(names), embeddings=np.eye(len(names), dtype=np.float32))
+        scenes = RGBDScenes.__new__(RGBDScenes)  # a data set's names are all that is asked
+        scenes.classes = names
+        table = functools.partial(EmbeddingTable, path=str(path))
+        guidance = ClassNames(encoder=table, prompts="none", label_alias="none")
+        guidance.open(scenes)
+        assert_close(guidance.feats, torch.eye(len(names)))
+        with pytest.raises(ValueError, match="no vector for 'bookcase'"):
+            ClassNames(encoder=table, prompts="none").open(scenes)
+
+
+def largest(scenes, count, *, below=40, without=()):
+    """Names of the largest classes of each image's label map."""
+    told = {}
+    for record in (*scenes.train, *scenes.test):
+        pixels = np.bincount(scenes.read(record).label.ravel(), minlength=256)[:below]
+        names = [NYU40[k] for k in np.argsort(-pixels, kind="stable") if pixels[k] and NYU40[k] not in without]
+        told[record.image] = names[:count]
+    return told
+
+
+@pytest.mark.parametrize("label_alias", ["fixed", "none"])
+@pytest.mark.parametrize(
+    "rule", [{"count": 5, "below": 37}, {"count": 6}, {"count": 40}, {"count": 5, "without": ("wall", "floor")}], ids=str
+)
+def test_tags_and_sentences_from_label_maps_are_refused_however_they_were_cut(scenes, tmp_path, rule, label_alias):
+    told = largest(scenes, **rule)
+    upper = {image: [{"label": name.upper()} for name in names] for image, names in told.items()}
+    with pytest.raises(ValueError, match="exactly the largest classes"):
+        Tags(write(tmp_path / "t.json", upper), label_alias=label_alias).open(scenes)
+    padded = {image: [*names, *(["lamp"] * (i % 2))] for i, (image, names) in enumerate(told.items())}
+    if rule["count"] == 6:  # what follows the tokens is no disguise
+        with pytest.raises(ValueError, match="exactly the largest classes"):
+            Tags(write(tmp_path / "p.json", padded), label_alias=label_alias).open(scenes)
+    told = {image: ". ".join(f"There are some {name}s" for name in names) for image, names in told.items()}
+    captions = [{"rgb_path": image, "description": text} for image, text in told.items()]
+    with pytest.raises(ValueError, match="exactly the largest classes"):
+        Captions(write(tmp_path / "c.json", captions), max_sentences=40, encoder=ENCODER).open(scenes)
+
+
+def test_a_bad_caption_file_is_one_clear_error_and_so_is_a_bad_count(scenes, tmp_path):
+    def entry(image, text):
+        return {"rgb_path": image, "description": text}
+
+    for content, complaint in (
+        ([], r"holds no sentence \(0 images\)"),
+        ([entry("RGB/0000.jpg", " . ")], r"holds no sentence \(1 images\)"),
+        ([entry("RGB/0000.jpg", None)], "entry 1 holds .* are texts"),
+        ([entry(["RGB/0000.jpg"], "a bed")], "entry 1 holds .* are texts"),
+        ([entry("RGB/0000.jpg", "a bed"), entry("RGB/0000.jpg", "a sofa")], r"describes RGB/0000.jpg twice \(again in entry 2\)"),
+        ([entry("RGB/zz.jpg", "a bed")], "describes none of the 13 images"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            Captions(write(tmp_path / "c.json", content), encoder=ENCODER).open(scenes)
+    (tmp_path / "c.json").write_bytes(b"\xff\xfe\x00{")
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        Captions(str(tmp_path / "c.json"), encoder=ENCODER).open(scenes)
+    with pytest.raises(ValueError, match="max_tags must be at least 1, got 0"):
+        GroundTruthTags(max_tags=0, encoder=ENCODER)
+    assert BothTexts(functools.partial(ClassNames, encoder=ENCODER), functools.partial(Captions, encoder=ENCODER)).dim == 16
+
+
+def test_a_name_that_several_entries_have_is_an_error_and_a_whole_path_is_not(scenes, tmp_path):
+    double = {"train/0000.jpg": ["bed"], "test/0000.jpg": ["sofa"]}
+    with pytest.raises(ValueError, match=r"train/0000\.jpg, test/0000\.jpg all fit the image RGB/0000\.jpg"):
+        Tags(write(tmp_path / "t.json", double)).open(scenes)
+    exact = Tags(write(tmp_path / "t.json", {**double, "RGB/0000.jpg": ["lamp"]}))
+    exact.open(scenes)
+    assert exact.words(scenes.train[0]) == ["lamp"]
+    upstream = Tags(write(tmp_path / "t.json", double), match="upstream")
+    upstream.open(scenes)
+    assert upstream.words(scenes.train[0]) == ["bed"]
