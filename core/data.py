@@ -49,29 +49,37 @@ class Finding:
 
 
 class Shuffled:
-    """Every sample once an epoch in random order, in batches of `batch_size`; a shorter last batch is dropped.
+    """Every sample once an epoch in random order, in batches of `batch_size`.
 
     Args:
         length: number of samples.
         batch_size: samples a batch (over all ranks).
         shuffle: False keeps the order.
+        last_batch: `drop` leaves out what does not fill a batch; `fill` gives one batch more, length // batch_size + 1 of them
+            (also where nothing is left over, as DFormer's release counts), and completes it with samples drawn anew.
 
     Raises:
         ValueError: if there are fewer samples than one batch needs.
     """
 
-    def __init__(self, length: int, batch_size: int, shuffle: bool = True):
+    def __init__(self, length: int, batch_size: int, shuffle: bool = True, last_batch: Literal["drop", "fill"] = "drop"):
         if not 0 < batch_size <= length:
             raise ValueError(f"batch_size must be in 1..{length} (the number of samples), got {batch_size}")
-        self.length, self.batch_size, self.shuffle = length, batch_size, shuffle
+        if last_batch not in ("drop", "fill"):
+            raise ValueError(f"last_batch must be drop or fill, got {last_batch!r}")
+        self.length, self.batch_size, self.shuffle, self.last_batch = length, batch_size, shuffle, last_batch
 
     def epoch(self, number: int, rng: np.random.Generator) -> list[list[int]]:
         order = rng.permutation(self.length) if self.shuffle else np.arange(self.length)
-        whole = self.length // self.batch_size
-        return order[: whole * self.batch_size].reshape(whole, self.batch_size).tolist()
+        count = self.batches_per_epoch()
+        missing = max(0, count * self.batch_size - self.length)
+        if missing:
+            again = rng.permutation(self.length) if self.shuffle else np.arange(self.length)
+            order = np.concatenate([order, again[:missing]])
+        return order[: count * self.batch_size].reshape(count, self.batch_size).tolist()
 
     def batches_per_epoch(self) -> int:
-        return self.length // self.batch_size
+        return self.length // self.batch_size + (self.last_batch == "fill")
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class Predictor:
     ):
         if not scales or min(scales) <= 0:
             raise ValueError(f"scales must be positive and at least one, got {tuple(scales)}")
+        if window is not None and min(window) < 1:
+            raise ValueError(f"window must be at least (1, 1), got {tuple(window)}; None passes the whole picture")
         if not 0 < stride <= 1:
             raise ValueError(f"stride must be in (0, 1], got {stride}")
         if small not in ("pad", "resize"):

@@ -22,6 +22,7 @@ from core.checkpoint import LoadReport
 from core.data import Shuffled, Stream, collate, to_device
 from core.distributed import gather, world
 from core.metrics.segmentation import Absent, Confusion
+from core.options import require_choice
 from core.registry import register
 from core.task import DataCard, StepResult, Table, Task
 from plugins.sam.augmentation import DEVIATION, MEAN, EvalTransform, TrainTransform
@@ -96,6 +97,8 @@ class Segmentation(Task):
         text: constructor of the guidance; None trains without text (the network then must have no SAM).
         train_transform, eval_transform: constructors of the image transforms.
         batch_size: images of a step, over all processes.
+        last_batch: of an epoch: `drop` leaves out the images that do not fill it; `fill` (release) takes length // batch_size + 1
+            batches, the last completed with images drawn anew.
         predictor: constructor of what evaluation does with a picture.
         final_predictor: the same, for one more evaluation after the last step (multi-scale, say), reported under `final/`.
         absent: how a class without pixels counts in the means, `ignore` or `zero` (published numbers).
@@ -142,6 +145,7 @@ class Segmentation(Task):
         profile_classes: int = 40,
         profile_text: tuple[int, int] = (6, 512),
         published: dict[str, float] | None = None,
+        last_batch: Literal["drop", "fill"] = "drop",
     ):
         for name, value in (("batch_size", batch_size), ("eval_batch", eval_batch)):
             if value < 1:
@@ -152,7 +156,9 @@ class Segmentation(Task):
         self.text = text
         self.guidance: Guidance | None = None  # built with the data: its encoder may need files
         self.train_transform, self.eval_transform = train_transform(), eval_transform()
+        require_choice("last_batch", last_batch, Literal["drop", "fill"])
         self.batch_size, self.eval_batch = batch_size, eval_batch
+        self.last_batch: Literal["drop", "fill"] = last_batch
         self.predictor = predictor()
         self.final_predictor = final_predictor() if final_predictor is not None else None
         self.absent: Absent = absent
@@ -179,7 +185,7 @@ class Segmentation(Task):
             counts.update(self.guidance.open(self.scenes))
         self.train = Scenes(self.scenes, self.scenes.train, self.train_transform, self.guidance, self.cache)
         self.test = Scenes(self.scenes, self.scenes.test, self.eval_transform, self.guidance, self.cache)
-        self.plan = Shuffled(len(self.train), self.batch_size)
+        self.plan = Shuffled(len(self.train), self.batch_size, last_batch=self.last_batch)
         title = type(self.scenes).__name__
         generated = self.scenes.sample
         return DataCard(

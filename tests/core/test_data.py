@@ -155,3 +155,19 @@ def test_fingerprint_sees_names_sizes_and_on_request_bytes(tmp_path):
     assert data.fingerprint(tmp_path, files, contents=True) != full
     (tmp_path / "a").write_bytes(b"123")
     assert data.fingerprint(tmp_path, files) != before
+
+
+def test_a_last_batch_that_is_filled_is_one_batch_more_and_drops_no_sample():
+    def epoch(length, batch, **options):
+        plan = data.Shuffled(length, batch, **options)
+        batches = plan.epoch(0, np.random.default_rng(3))
+        assert len(batches) == plan.batches_per_epoch()
+        assert {len(b) for b in batches} == {batch}
+        return batches
+
+    # DFormer's counts of NYUDepthv2 and SUN RGB-D: 795 and 5285 images in batches of 16, 8 and 16.
+    assert [len(epoch(n, b, last_batch="fill")) for n, b in ((795, 16), (795, 8), (5285, 16))] == [50, 100, 331]
+    filled = epoch(10, 4, last_batch="fill")
+    assert {i for b in filled for i in b} == set(range(10))
+    assert filled[:2] == epoch(10, 4)  # up to there, the order is that of `drop`
+    assert epoch(8, 4, shuffle=False, last_batch="fill") == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -76,3 +77,41 @@ def test_the_fork_s_recipe_without_text_is_the_one_with_text_but_for_the_text(na
     text = ("sam.ImageTags.", "text.CLIPText.", "sam.SemanticAlignment.", "sam.Segmentor.", "sam.Segmentation.text")
     assert {key for key in differ if not key.startswith(text)} <= {"sam.Segmentation.published"}
     assert plain["sam.Segmentation.text"] == "None"
+
+
+@wheel
+@pytest.mark.parametrize(
+    ("source", "files"), [("class_names", ["class_names"]), ("captions", ["captions"]), ("both", ["class_names", "captions"])]
+)
+def test_every_source_of_text_is_one_include_and_goes_with_the_release_s_switches(source, files, root, tmp_path, monkeypatch):
+    image = (Path(root) / "train.txt").read_text().split()[0]
+    (Path(root) / "captions.json").write_text(json.dumps([{"rgb_path": image, "description": "A bed. A lamp."}]))
+    base = composed(
+        tmp_path,
+        "gin/sam/sample.gin",
+        f"gin/sam/texts/{source}.gin",
+        "gin/sam/release.gin",
+        *(f"gin/sam/release/{file}.gin" for file in files),
+    )
+    base.write_text(base.read_text() + "ENCODER = @text.WordLlamaText\n")
+    found = build(base, root, tmp_path / "run", monkeypatch)
+    assert found["unused"] == []
+    assert found["task"].guidance.count == {"class_names": 40, "captions": 10, "both": 50}[source]
+
+
+@pytest.mark.parametrize("name", ["nyu_s", "sun_s"])
+def test_full_recipes_take_every_source_and_count_steps_as_the_release(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    needed = [f"{k}=/{k}" for k in ("ROOT", "PRETRAINED", "CLIP_WEIGHTS", "CLIP_VOCABULARY")]
+    for source in ("class_names", "captions", "both"):
+        file = composed(
+            tmp_path, f"gin/sam/fork/{name}.gin", f"gin/sam/texts/{source}.gin", "gin/sam/clip.gin", "gin/sam/release/sun.gin"
+        )
+        bound = configs.read(str(file), needed).effective()
+        assert bound["sam.SemanticAlignment.top_m"] == "5"
+        assert bound["sam.Segmentation.last_batch"] == "'fill'"
+        assert not [key for key in bound if key.startswith("sam.ImageTags.")]
+    plain = configs.read(
+        str(composed(tmp_path, f"gin/sam/dformer/{name}.gin", "gin/sam/release/plain.gin")), needed[:2]
+    ).effective()
+    assert plain["sam.Segmentation.optimise_raw_params"] == "False"

@@ -356,5 +356,7 @@ def test_final_evaluation_and_bad_options(sample, tmp_path):
     assert "final/mIoU[zero]" in concluded
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Segmentation(str(sample), batch_size=0)
+    with pytest.raises(ValueError, match=r"window must be at least \(1, 1\), got \(0, 0\)"):
+        Predictor(window=(0, 0))
     with pytest.raises(ValueError, match="not both"):
         Segmentation(str(sample), pretrained="a", weights="b")
