@@ -100,12 +100,21 @@ class RGBDScenes:
             if not path.is_file():
                 problems.append(f"the list {split}.txt is missing")
             else:
-                lines = path.read_text(encoding="utf-8").splitlines()
+                try:
+                    lines = path.read_text(encoding="utf-8").splitlines()
+                except UnicodeDecodeError as error:
+                    problems.append(f"the list {split}.txt is not UTF-8 text ({error.reason} at byte {error.start})")
+                    splits[split] = ()
+                    continue
                 for number, line in enumerate(lines, 1):
                     if not line.strip():
                         continue
                     file = line.split()[0]
                     name = Path(file).stem
+                    if Path(file).parent.name not in ("RGB", ""):
+                        problems.append(
+                            f"{file} (line {number} of {split}.txt) does not lie in RGB/ itself, where images are looked for"
+                        )
                     record = Record(f"RGB/{Path(file).name}", f"Depth/{name}.png", f"{cls.labels}/{name}.png")
                     gaps = [
                         f for f in (record.image, record.depth, record.label) if f.split("/")[1] not in present[f.split("/")[0]]

@@ -54,6 +54,9 @@ class MatrixDecomposition(nn.Module):
         self, dim: int, *, rank: int = 64, train_steps: int = 6, eval_steps: int = 7, eval_seed: int | None = 0, eps: float = 1e-6
     ):
         super().__init__()
+        for name, value, least in (("rank", rank, 1), ("train_steps", train_steps, 0), ("eval_steps", eval_steps, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         self.dim, self.rank, self.train_steps, self.eval_steps, self.eps = dim, rank, train_steps, eval_steps, eps
         self.eval_seed = eval_seed
         if eval_seed is not None:

@@ -181,6 +181,11 @@ def test_gray_depth_may_be_stored_as_colour_or_a_palette(copy):
             r"Label/0011\.png is missing, the partner of RGB/0011\.jpg \(line 2 of test\.txt\)",
         ),
         (lambda r: (r / "train.txt").write_text(""), r"the list train\.txt is empty"),
+        (lambda r: (r / "train.txt").write_bytes(b"RGB/\xe9.jpg"), r"the list train\.txt is not UTF-8 text"),
+        (
+            lambda r: (r / "train.txt").write_text("RGB/sub/0000.jpg\n"),
+            r"RGB/sub/0000\.jpg \(line 1 of train\.txt\) does not lie in RGB/ itself",
+        ),
         (lambda r: (r / "test.txt").unlink(), r"the list test\.txt is missing"),
         (lambda r: shutil.rmtree(r / "Depth"), "Depth/ is missing or empty"),
         (lambda r: shutil.rmtree(r), "no such folder"),

@@ -113,6 +113,9 @@ def test_levels_are_resized_to_the_first_and_batch_norm_is_the_release_s():
 
 
 def test_one_clear_error_each():
+    for name, value in (("rank", 0), ("train_steps", -1), ("eval_steps", -1)):
+        with pytest.raises(ValueError, match=f"{name} must be at least"):
+            HamburgerHead((4, 8), 3, 8, 8, **{name: value})
     with pytest.raises(ValueError, match="classes must be at least 2"):
         HamburgerHead((4, 4, 4), 1)
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\)"):
