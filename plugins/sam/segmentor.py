@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from core.export import Part
+from core.options import require_idle
 from core.registry import register
 from plugins.sam.dformer import DFormerv2
 from plugins.sam.hamburger import HamburgerHead
@@ -97,6 +98,9 @@ class Segmentor(nn.Module):
         lazy = encoder_sam_build == "lazy_upstream"
         if lazy and encoder_placement == "block":
             raise ValueError("encoder_sam_build='lazy_upstream' concerns export-only modules; set encoder_placement='export'")
+        if encoder_placement == "export":
+            in_blocks = {"sam_share": sam_share, "encoder_sam_init": encoder_sam_init}
+            require_idle(Segmentor, in_blocks, "encoder_placement = 'export' has one module a stage, in no block")
         self.encoder_placement = encoder_placement
         self.text_dim = text_dim
         self.example_size, self.example_tokens = (480, 640), 6  # of the inputs that an export is traced with

@@ -86,6 +86,11 @@ def pixel_loss(logits: Float[Tensor, "b k h w"], labels: Int[Tensor, "b h w"]) -
     return total * world() / valid  # ranks' gradients are averaged afterwards
 
 
+def _reads_text(model: nn.Module) -> list[str]:
+    """Names of the parameters that see a text."""
+    return [n for n, _ in model.named_parameters() if n.startswith(("encoder_alignment.", "decoder_alignment."))]
+
+
 @register("task", paper="DFormerv2 (CVPR 2025) with text fusion; SAM attention modes (note)")
 class Segmentation(Task):
     """RGB-D segmentation with text.
@@ -218,11 +223,16 @@ class Segmentation(Task):
             model = self.network(classes=classes, text_dim=width)
             if isinstance(model, Segmentor):
                 model.example_size, model.example_tokens = self.profile_size, tokens
+                if not _reads_text(model):
+                    raise ValueError(
+                        "a text is given, but the network has no SAM module that would read it: give sam.Segmentor.encoder_stages or "
+                        "decoder_stages, or set sam.Segmentation.text = None"
+                    )
             return model
         model = self.network(classes=classes)
         if isinstance(model, Segmentor):
             model.example_size = self.profile_size
-        idle = [n for n, _ in model.named_parameters() if n.startswith(("encoder_alignment.", "decoder_alignment."))]
+        idle = _reads_text(model)
         if idle:
             raise ValueError(
                 f"text is None, but the network has SAM modules that would never be used ({idle[0]}, …): set "

@@ -174,6 +174,9 @@ def test_one_clear_error_each():
         tiny(encoder_stages=(1, 1))
     with pytest.raises(ValueError, match="concerns export-only modules"):
         tiny(encoder_sam_build="lazy_upstream")
+    for idle in ({"sam_share": "none"}, {"encoder_sam_init": "xavier"}):
+        with pytest.raises(ValueError, match=f"{next(iter(idle))} = .* would have no effect, because encoder_placement = 'export'"):
+            tiny(encoder_placement="export", **idle)
     image, depth, text = inputs()
     with pytest.raises(ValueError, match=r"text tokens are 5 wide.*text_dim=6"):
         tiny()(image, depth, text[..., :5])

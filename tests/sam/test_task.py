@@ -337,6 +337,8 @@ def test_without_text_and_the_control(sample, tmp_path):
     assert math.isfinite(work.losses(work.model(), batch, 1).losses["pixels"].item())
     with pytest.raises(ValueError, match="text is None, but the network has SAM modules"):
         Segmentation(str(sample), network=NETWORK, text=None).blueprint()
+    with pytest.raises(ValueError, match="a text is given, but the network has no SAM module that would read it"):
+        Segmentation("unused", network=plain, text=TEXT, profile_text=(5, 12)).blueprint()
 
     counts = []
     for text in (TEXT, functools.partial(ConstantTokens, dim=12)):
