@@ -27,7 +27,9 @@ def test_nothing_in_the_stored_ledger_was_a_surprise_or_a_failure(ledger):
 
 
 def test_the_stored_ledger_names_its_source_as_the_documented_command_does(ledger):
-    assert {run for row in ledger["rows"] for run in row["runs"]} <= {"verify.json"}, "run the three commands of the page as they stand"
+    assert {run for row in ledger["rows"] for run in row["runs"]} <= {"verify.json"}, (
+        "run the three commands of the page as they stand"
+    )
 
 
 def test_a_number_of_the_page_is_a_number_of_the_ledger(ledger):
