@@ -215,7 +215,8 @@ def _text(node: ast.expr | None) -> str:
 
 _CORE = Path(__file__).parent
 _REGISTER = f"{__name__}.register"
-_MENTIONED = re.compile(rb"\bregister\b")
+_USED = re.compile(rb"@[\w.\s]*\bregister\s*\(|\bregister\s+as\b|=\s*[\w.\s]*\bregister\b")
+"""What a file that registers something holds, under whatever name: others that speak of registering need not be parsed."""
 _PLAIN_BASES = {"object", "abc.ABC", "typing.Generic", "typing.Protocol", "typing_extensions.Protocol"}
 _PLAIN_DECORATORS = {"final", "runtime_checkable", "total_ordering"}
 _Signature = tuple[tuple[Parameter, ...], bool]
@@ -439,8 +440,10 @@ def _file_of(module: str) -> Path | None:
 def _origin(name: str, near: tuple[str, Path], seen: frozenset[str] = frozenset()) -> tuple[str, _Class | None]:
     """Where a dotted name is defined, through the imports of other modules, and the class it is, if its text can be had."""
     module, _, last = name.rpartition(".")
+    if name == _REGISTER or name in seen:
+        return name, None
     path = near[1] if module == near[0] else _file_of(module) if module else None
-    if name == _REGISTER or path is None or name in seen:
+    if path is None:
         return name, None
     try:
         outline = _outline(path, module)
@@ -505,8 +508,10 @@ def _scan(path: Path, module: str, space: str, plugin: str, distribution: str) -
         SyntaxError: if it does not parse, and may register something.
         ValueError: if what has to be written out is computed.
     """
-    if path.name != "__init__.py" and not _MENTIONED.search(path.read_bytes()):
-        return
+    if path.name != "__init__.py":
+        text = path.read_bytes()
+        if b"register" not in text or not _USED.search(text):
+            return
     outline, near = _outline(path, module), (module, path)
     for node in outline.decorated:
         if _origin(node.decorator, near)[0] != _REGISTER:

@@ -121,7 +121,7 @@ BROKEN = {
     "exit": (GOOD, {"thing.py": MODULE + "\nimport sys\nsys.exit(3)\n"}, "exited with 3"),
     "anything": (GOOD, {"thing.py": MODULE + "\nraise BaseException('boo')\n"}, "BaseException: boo"),
     "computed": (GOOD, {"thing.py": MODULE.replace('equations="eq. 1"', "denylist=dir(register)")}, "denylist of Thing at line 5 must be written out"),
-    "too deep": (GOOD, {"thing.py": MODULE, "deep.py": "x = " + "-" * 10_000 + "1  # register\n"}, "deep.py cannot be read"),
+    "too deep": (GOOD, {"thing.py": MODULE, "deep.py": "x = " + "-" * 10_000 + "1  # @register(\n"}, "deep.py cannot be read"),
     "not there": (GOOD, {"thing.py": MODULE, "gone.py": None}, "gone.py cannot be read"),
     "two owners": (GOOD, {"thing.py": MODULE, "other.py": MODULE}, "bad_paper.Thing is registered twice, at "),
     "interface": ('__plugin__ = "{name}"\n__interface__ = 99\n', None, "interface 99"),
