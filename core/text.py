@@ -17,7 +17,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from core.checkpoint import read_weights
+from core.layers import QuickGELU
+from core.options import require_choice
 from core.registry import nearest, register
 
 # The release's three prompts; {a} is replaced by the article that fits the name.
@@ -285,20 +287,23 @@ class WordLlamaText(TextEncoder):
 # --- CLIP -----------------------------------------------------------------------------------------------------------------
 
 
+Activation = Literal["quick_gelu", "gelu"]
+
+
 class _TextBlock(nn.Module):
     """CLIP's pre-norm block with causal attention, under CLIP's own parameter names."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, activation: nn.Module):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.activation = activation
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
     def forward(self, x: Tensor, causal: Tensor) -> Tensor:
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, attn_mask=causal, need_weights=False)[0]
-        z = self.mlp["c_fc"](self.ln_2(x))
-        return x + self.mlp["c_proj"](z * torch.sigmoid(1.702 * z))
+        return x + self.mlp["c_proj"](self.activation(self.mlp["c_fc"](self.ln_2(x))))
 
 
 class _TextTower(nn.Module):
@@ -306,11 +311,12 @@ class _TextTower(nn.Module):
 
     causal: Tensor
 
-    def __init__(self, vocabulary: int, context: int, width: int, layers: int, dim: int):
+    def __init__(self, vocabulary: int, context: int, width: int, layers: int, dim: int, activation: nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.zeros(context, width))
-        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(_TextBlock(width, width // 64 or 1) for _ in range(layers))})
+        blocks = nn.ModuleList(_TextBlock(width, width // 64 or 1, activation) for _ in range(layers))
+        self.transformer = nn.ModuleDict({"resblocks": blocks})
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.zeros(width, dim))
         self.register_buffer("causal", torch.full((context, context), float("-inf")).triu(1), persistent=False)
@@ -377,20 +383,24 @@ class CLIPText(TextEncoder):
         weights: OpenAI's or open_clip's state dict with a text tower (other keys are left out), sizes read from it.
         vocabulary: the merges file of CLIP's tokenizer, plain or gzipped, or a `tokenizer.json`.
         batch: texts a forward pass.
+        activation: of the blocks' MLPs, which no weight file tells: `quick_gelu` for OpenAI's weights and those that were trained
+            from its code, `gelu` for others of open_clip (LAION's, for one).
 
     Raises:
-        ValueError: if the weights have no text tower, or it is not complete.
+        ValueError: if the weights have no text tower, or it is not complete, or there is no such activation.
         core.checkpoint.CheckpointError: if the weight file cannot be read safely.
     """
 
-    def __init__(self, weights: str, vocabulary: str, batch: int = 64):
+    def __init__(self, weights: str, vocabulary: str, batch: int = 64, activation: Activation = "quick_gelu"):
+        require_choice("activation", activation, Activation)
         state = {k.removeprefix("text."): v.float() for k, v in read_weights(Path(weights)).items()}
         if "token_embedding.weight" not in state or "text_projection" not in state:
             raise ValueError(f"{weights} has no CLIP text tower (no token_embedding.weight and text_projection)")
         size, width = state["token_embedding.weight"].shape
         layers = len({k.split(".")[2] for k in state if k.startswith("transformer.resblocks.")})
         context, self.dim = state["positional_embedding"].shape[0], state["text_projection"].shape[1]
-        self.tower = _TextTower(size, context, width, layers, self.dim).eval().requires_grad_(False)
+        act = QuickGELU() if activation == "quick_gelu" else nn.GELU()
+        self.tower = _TextTower(size, context, width, layers, self.dim, act).eval().requires_grad_(False)
         wanted = self.tower.state_dict()
         missing = sorted(set(wanted) - set(state))
         if missing:
@@ -400,7 +410,8 @@ class CLIPText(TextEncoder):
         self.start, self.end = (self.tokenizer.token_to_id(t) for t in ("<|startoftext|>", "<|endoftext|>"))
         if self.start is None or self.end is None or self.end >= size:
             raise ValueError(f"{vocabulary} is no vocabulary of these weights: end token {self.end}, {size} embeddings")
-        self.fingerprint = f"clip-{_digest(Path(weights), Path(vocabulary))}"
+        kind = "clip" if activation == "quick_gelu" else f"clip-{activation}"
+        self.fingerprint = f"{kind}-{_digest(Path(weights), Path(vocabulary))}"
 
     def _states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Projected states (n, t, c) and the position of each end token."""

@@ -209,7 +209,7 @@ def test_clip_tokenizer_by_hand(clip):
         assert tokenizer.encode(text).ids == [i for word in split for i in ids_by_hand(word)]
 
 
-def embed_by_hand(state, ids):
+def embed_by_hand(state, ids, activation=lambda h: h * torch.sigmoid(1.702 * h)):
     """CLIP's text tower, one text, token by token: causal attention in loops."""
     x = [state["token_embedding.weight"][t] + state["positional_embedding"][p] for p, t in enumerate(ids)]
 
@@ -229,10 +229,7 @@ def embed_by_hand(state, ids):
             mixed.append(state[f"{block}.attn.out_proj.weight"] @ torch.cat(heads) + state[f"{block}.attn.out_proj.bias"])
         x = [a + b for a, b in zip(x, mixed)]
         hidden = [state[f"{block}.mlp.c_fc.weight"] @ norm(v, f"{block}.ln_2") + state[f"{block}.mlp.c_fc.bias"] for v in x]
-        x = [
-            v + state[f"{block}.mlp.c_proj.weight"] @ (h * torch.sigmoid(1.702 * h)) + state[f"{block}.mlp.c_proj.bias"]
-            for v, h in zip(x, hidden)
-        ]
+        x = [v + state[f"{block}.mlp.c_proj.weight"] @ activation(h) + state[f"{block}.mlp.c_proj.bias"] for v, h in zip(x, hidden)]
     return norm(x[-1], "ln_final") @ state["text_projection"]
 
 
@@ -243,6 +240,11 @@ def test_clip_text_by_hand(clip):
     texts = {"bed": ids_by_hand("bed"), "bed and lamp": ids_by_hand("bed") + ids_by_hand("and") + ids_by_hand("lamp")}
     expected = torch.stack([embed_by_hand(state, [start, *ids, start + 1]) for ids in texts.values()])
     assert_close(encoder.embed(list(texts)), expected, atol=1e-5, rtol=1e-4)
+    exact = CLIPText(str(folder / "clip.pt"), str(folder / "merges.txt"), activation="gelu")
+    by_erf = embed_by_hand(state, [start, *ids_by_hand("bed"), start + 1], lambda h: h * (1 + torch.erf(h / math.sqrt(2))) / 2)
+    assert_close(exact.embed(["bed"])[0], by_erf, atol=1e-5, rtol=1e-4)
+    assert (by_erf - expected[0]).abs().max() > 1e-3
+    assert exact.fingerprint != encoder.fingerprint
     assert encoder.embed(["lamp " * 40]).shape == (1, 6)  # cut to the context
     vectors, real = encoder.tokens(list(texts))
     assert real.sum(1).tolist() == [3, 5]
