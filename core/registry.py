@@ -785,6 +785,15 @@ def source_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def module_hash(module: str) -> str | None:
+    """sha256 of a module that is imported: as `source_hash` of a package, of the bytes of a file; None where there is neither."""
+    loaded = sys.modules[module]
+    folders, file = list(getattr(loaded, "__path__", ())), getattr(loaded, "__file__", None)
+    if folders:
+        return source_hash(Path(folders[0]))
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
+
+
 @contextlib.contextmanager
 def _one_line(plugin: Plugin, limit_s: float) -> Iterator[None]:
     """Whatever importing a plugin's code raises becomes one PluginError."""

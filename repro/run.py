@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from core import config as configs
-from core import record
+from core import record, registry
 from repro import cli, show
 
 
@@ -154,18 +154,19 @@ def describe(run: record.RunFolder, config: configs.Config) -> None:
     A run that goes on keeps under `history` what its earlier attempts ran with, oldest first; where that is not what runs now, it is said.
     """
     source, diff = record.provenance()
-    history = _history(run, source, diff, _passports(config.plugins())) if run.writes else []
+    code = {"plugins": _passports(config.plugins()), "imports": {m: registry.module_hash(m) for m in sorted(config.imports)}}
+    history = _history(run, source, diff, code) if run.writes else []
     if diff:
         run.write("diff.patch", diff)
     run.write("run.json", {
         "history": history,
         "signature": config.signature, "config": config.file, "overrides": list(config.overrides), "files": list(config.files),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "source": source, "environment": record.environment(),
-        "plugins": _passports(config.plugins()), "seed": config.get(f"{configs.TRAIN}.seed", 0), "effective": config.effective(),
+        **code, "seed": config.get(f"{configs.TRAIN}.seed", 0), "effective": config.effective(),
     })  # fmt: skip
 
 
-def _history(run: record.RunFolder, source: dict[str, Any], diff: str, plugins: dict[str, Any]) -> list[Any]:
+def _history(run: record.RunFolder, source: dict[str, Any], diff: str, code: dict[str, dict[str, Any]]) -> list[Any]:
     """What earlier attempts of a run with a checkpoint ran with. Warns where code or versions differ from the last of them."""
     before = record.read_json(run.path / "run.json")
     if not before or not any(run.path.glob("checkpoints/*")):
@@ -173,9 +174,9 @@ def _history(run: record.RunFolder, source: dict[str, Any], diff: str, plugins: 
     history = [h for h in before.get("history") or [] if isinstance(h, dict)]
     patch = run.path / "diff.patch"
     old = patch.read_text(encoding="utf-8") if patch.is_file() else ""
-    then: dict[str, Any] = {"source": before.get("source"), "plugins": before.get("plugins")}
+    then: dict[str, Any] = {"source": before.get("source"), **{part: before.get(part) or {} for part in code}}
     then["versions"] = (before.get("environment") or {}).get("versions") or {}
-    now = {"source": source, "plugins": plugins, "versions": record.environment()["versions"]}
+    now = {"source": source, **code, "versions": record.environment()["versions"]}
     if then == now and old == diff:
         return history
     if old:
@@ -184,7 +185,8 @@ def _history(run: record.RunFolder, source: dict[str, Any], diff: str, plugins: 
         then["diff"] = kept
         patch.unlink()
     changed = [f"{n} {then['versions'].get(n)} -> {v}" for n, v in now["versions"].items() if then["versions"].get(n) != v]
-    changed += [f"plugin {n}" for n, facts in plugins.items() if (then["plugins"] or {}).get(n) != facts]
+    for part, facts in code.items():
+        changed += [f"{part.removesuffix('s')} {n}" for n, fact in facts.items() if then[part].get(n) != fact]
     changed += ["uncommitted changes"] if old != diff else []
     earlier, commit = (then["source"] or {}).get("commit"), source.get("commit")
     changed += [f"commit {str(earlier)[:8]} -> {str(commit)[:8]}"] if earlier != commit else []
@@ -195,8 +197,6 @@ def _history(run: record.RunFolder, source: dict[str, Any], diff: str, plugins: 
 
 
 def _passports(names: Sequence[str]) -> dict[str, Any]:
-    from core import registry
-
     known = registry.plugins()
     return {
         n: {"distribution": known[n].distribution, "version": known[n].version, "sha256": registry.load_plugin(n).sha256}

@@ -4,12 +4,13 @@ import json
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from interruption import kill_at
 
-from core import checkpoint, record
+from core import checkpoint, record, registry
 
 
 def weights(folder):
@@ -180,21 +181,31 @@ def test_runs_below_the_folder_of_a_run_are_never_cleared(main_job, tmp_path):
 
 
 def test_going_on_with_other_code_is_said_and_both_are_kept(main_job, tmp_path):
-    assert main_job("a", before=kill_at(3), settings=("trainer.train.save_every=2",)).status == -signal.SIGKILL
+    gin = tmp_path / "mine.gin"
+    gin.write_text("include 'gin/sdtps_rgbnt.gin'\nimport json\nimport math\n")
+    asked = {"gin": str(gin), "settings": ("trainer.train.save_every=2",)}
+    assert main_job("a", "--allow-import", before=kill_at(3), **asked).status == -signal.SIGKILL
     file = tmp_path / "a" / "run.json"
     began = json.loads(file.read_text())
     assert began["history"] == []
     sha = began["plugins"]["sdtps"]["sha256"]
-    began["plugins"]["sdtps"]["sha256"] = "another"
+    began["plugins"]["sdtps"]["sha256"] = began["imports"]["json"] = "another"
     began["environment"]["versions"]["torch"] = "2.0.0"
     file.write_text(json.dumps(began))
     (tmp_path / "a" / "diff.patch").write_text("an old change")
-    done = main_job("a", settings=("trainer.train.save_every=2",))
+    done = main_job("a", "--allow-import", **asked)
     assert done.status == 0, done.err
-    for part in ("goes on with other code than it began with", "torch 2.0.0 -> ", "plugin sdtps", "uncommitted changes"):
+    for part in (
+        "import json",
+        "goes on with other code than it began with",
+        "torch 2.0.0 -> ",
+        "plugin sdtps",
+        "uncommitted changes",
+    ):
         assert part in done.out
     now = json.loads(file.read_text())
     assert now["plugins"]["sdtps"]["sha256"] == sha
+    assert now["imports"] == {"json": registry.source_hash(Path(json.__file__).parent), "math": registry.module_hash("math")}
     (then,) = now["history"]
     assert then["plugins"]["sdtps"]["sha256"] == "another"
     assert (tmp_path / "a" / then["diff"]).read_text() == "an old change"
