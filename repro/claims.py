@@ -19,7 +19,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import config as configs
@@ -239,7 +239,7 @@ def compared(number: Published, evidence: Sequence[Evidence]) -> Row:
         return row
     by_seed: dict[str, list[float]] = {}
     for one in evidence:
-        if canonical(one.config) != canonical(number.config):
+        if gather.canonical(one.config) != gather.canonical(number.config):
             continue
         reason = (
             one.flaw or unlike(one, wanted, dict(number.where)) or ("" if number.metric in one.values else f"no {number.metric}")
@@ -262,26 +262,6 @@ def compared(number: Published, evidence: Sequence[Evidence]) -> Row:
 
 
 @cache
-def canonical(config: str) -> str:
-    """One name for a gin file, however it was asked for: `gin/sdtps/rgbnt201.gin`, `my_paper:base.gin`, or a path."""
-    try:
-        path = configs.locate(config).resolve()
-    except configs.ConfigError:
-        if config.partition(":")[0].isidentifier() and ":" in config:
-            return config
-        parts = PurePath(config).parts  # of another machine: what stands below its config folder
-        roots = [i for i, part in enumerate(parts) if part in ("gin", "configs")]
-        return "/".join(("gin", *parts[roots[-1] + 1 :])) if roots else config
-    root = configs.config_root().resolve()
-    if path.is_relative_to(root):
-        return f"gin/{path.relative_to(root).as_posix()}"
-    for owner in registry.plugins().values():
-        inside = owner.folder.resolve() / "gin" if owner.folder else None
-        if inside and path.is_relative_to(inside):
-            return f"{owner.name}:{path.relative_to(inside).as_posix()}"
-    return str(path)
-
-
 @cache
 def requested(config: str) -> Mapping[str, str]:
     """What a gin file binds, as text; values that it leaves to the command line are `%gin.REQUIRED`."""

@@ -8,10 +8,11 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from core import record
+from core import config as configs
+from core import record, registry
 
 SEED_KEY = "trainer.train.seed"
 SELECT_KEY = "trainer.train.select"
@@ -173,6 +174,26 @@ def _varied(settings: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _stem(gin: str) -> str:
     return Path(gin.rpartition(":")[2]).stem
+
+
+def canonical(config: str) -> str:
+    """One name for a gin file, however it was asked for: `gin/sdtps/rgbnt201.gin`, `my_paper:base.gin`, or a path."""
+    try:
+        path = configs.locate(config).resolve()
+    except configs.ConfigError:
+        if config.partition(":")[0].isidentifier() and ":" in config:
+            return config
+        parts = PurePath(config).parts  # of another machine: what stands below its config folder
+        roots = [i for i, part in enumerate(parts) if part in ("gin", "configs")]
+        return "/".join(("gin", *parts[roots[-1] + 1 :])) if roots else config
+    root = configs.config_root().resolve()
+    if path.is_relative_to(root):
+        return f"gin/{path.relative_to(root).as_posix()}"
+    for owner in registry.plugins().values():
+        inside = owner.folder.resolve() / "gin" if owner.folder else None
+        if inside and path.is_relative_to(inside):
+            return f"{owner.name}:{path.relative_to(inside).as_posix()}"
+    return str(path)
 
 
 @cache

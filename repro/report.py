@@ -244,12 +244,12 @@ def _ledger(runs: Sequence[Run]) -> tuple[list[list[str]], list[str]]:
         except (KeyError, registry.PluginError) as error:
             noted.append(f"The published numbers of {name} cannot be read: {error}")
             continue
-        wanted = {ledger.canonical(n.config) for n in numbers}
-        evidence = [ledger.of_run(r) for r in runs if ledger.canonical(r.config) in wanted]
-        here = {ledger.canonical(e.config) for e in evidence}
+        wanted = {gather.canonical(n.config) for n in numbers}
+        evidence = [ledger.of_run(r) for r in runs if gather.canonical(r.config) in wanted]
+        here = {gather.canonical(e.config) for e in evidence}
         aside: dict[str, str] = {}
         for number in numbers:
-            if ledger.canonical(number.config) not in here:
+            if gather.canonical(number.config) not in here:
                 continue
             row = ledger.compared(number, evidence)
             aside |= row.aside

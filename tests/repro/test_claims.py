@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from core import claims as entered
-from repro import claims
+from repro import claims, gather
 
 pytest_plugins = ["installed"]
 
@@ -299,12 +299,12 @@ def test_help_imports_no_torch():
 
 
 def test_one_gin_file_has_one_name():
-    assert claims.canonical("gin/sdtps/rgbnt201.gin") == "gin/sdtps/rgbnt201.gin"
-    assert claims.canonical("sdtps:rgbnt201.gin") == "gin/sdtps/rgbnt201.gin"
-    assert claims.canonical("/somewhere/else/gin/sdtps/rgbnt201.gin") == "gin/sdtps/rgbnt201.gin"
-    assert claims.canonical("/opt/lib/site-packages/repro/configs/sdtps/rgbnt201.gin") == "gin/sdtps/rgbnt201.gin"
-    assert claims.canonical("their_paper:table1.gin") == "their_paper:table1.gin"
-    assert claims.canonical("/somewhere/rgbnt201.gin") == "/somewhere/rgbnt201.gin"
+    assert gather.canonical("gin/sdtps/rgbnt201.gin") == "gin/sdtps/rgbnt201.gin"
+    assert gather.canonical("sdtps:rgbnt201.gin") == "gin/sdtps/rgbnt201.gin"
+    assert gather.canonical("/somewhere/else/gin/sdtps/rgbnt201.gin") == "gin/sdtps/rgbnt201.gin"
+    assert gather.canonical("/opt/lib/site-packages/repro/configs/sdtps/rgbnt201.gin") == "gin/sdtps/rgbnt201.gin"
+    assert gather.canonical("their_paper:table1.gin") == "their_paper:table1.gin"
+    assert gather.canonical("/somewhere/rgbnt201.gin") == "/somewhere/rgbnt201.gin"
 
 
 def number(value, tolerance):
