@@ -39,6 +39,10 @@ HOW = {
 }  # fmt: skip
 WHERE = {"root", "weights", "workers", "cache", "eval_batch"}
 SAMPLE = "a generated sample, which never counts"
+VERIFIED = {
+    "claims": {"plugin", "id", "statement", "source", "verdict", "measured", "why"},
+    "golden": {"case", "passed"},
+}  # `repro verify --json`
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,13 +142,37 @@ def read(
         found = record.read_json(path)
         if "model" in found and "effective" in found:
             evidence.append(Evidence(place, str(found.get("config", "?")), found["effective"], "–", _costs(found)))
-        elif "claims" in found or "golden" in found:
-            verdicts |= {(row["plugin"], row["id"]): {**row, "file": place} for row in found.get("claims", [])}
-            golden += [{**row, "file": place} for row in found.get("golden", [])]
         else:
-            raise ValueError(f"{place} is no outcome of `repro verify --json` or `repro profile --json`")
+            outcome = verified(path, "`repro verify --json` or `repro profile --json`")
+            verdicts |= {(row["plugin"], row["id"]): {**row, "file": place} for row in outcome.get("claims", [])}
+            golden += [{**row, "file": place} for row in outcome.get("golden", [])]
     runs = gather.collect(folders) if folders else []
     return evidence + [of_run(run, best=best) for run in runs], verdicts, golden
+
+
+def verified(path: Path, wanted: str = "`repro verify --json`") -> dict[str, Any]:
+    """What `repro verify --json` wrote: rows of `claims`, of `golden`, or of both.
+
+    Args:
+        path: the file.
+        wanted: what a file of this place may come from, for the error.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or was written by something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is no outcome of {wanted}: there is no such file")
+    found = record.read_json(path)
+    if not found or not found.keys() <= VERIFIED.keys():
+        raise ValueError(f"{path} is no outcome of {wanted}")
+    for part, rows in found.items():
+        whole = isinstance(rows, list) and all(isinstance(row, dict) and VERIFIED[part] <= row.keys() for row in rows)
+        if not whole:
+            wants = ", ".join(sorted(VERIFIED[part]))
+            raise ValueError(
+                f"{path} is no outcome of {wanted}: {part!r} must be a list of entries with {wants}; write the file again"
+            )
+    return found
 
 
 def of_run(run: gather.Run, *, best: bool = False) -> Evidence:

@@ -121,9 +121,11 @@ class Section:
 
 
 def main(args: argparse.Namespace) -> int:
+    from repro.claims import verified
+
     runs = gather.collect(args.runs)
     out = Path(args.out)
-    page = build(runs, args.metric, record.read_json(Path(args.claims)) if args.claims else {}, args.baseline)
+    page = build(runs, args.metric, verified(Path(args.claims)) if args.claims else {}, args.baseline)
     title = args.title or (f"Run {runs[0].path.name}" if len(runs) == 1 else f"{len(runs)} runs")
     command = shlex.join(["repro", "report", *args.runs])
     out.mkdir(parents=True, exist_ok=True)

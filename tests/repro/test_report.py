@@ -394,14 +394,22 @@ def test_the_page_opens_on_a_phone_without_an_error_and_every_figure_is_drawn(sw
     (sweep / "r0.3-0" / "pictures").mkdir()
     Image.new("RGB", (1400, 300), "red").save(sweep / "r0.3-0" / "pictures" / "wide.png")
     (sweep / "r0.3-0" / "diff.patch").write_text("+" + "long " * 200)
-    claim = {"id": "C", "statement": "word " * 40, "verdict": "holds", "measured": "x" * 300, "why": "", "source": "s"}
+    claim = {"plugin": "p", "id": "C", "statement": "word " * 40, "verdict": "holds", "measured": "x" * 300, "why": "", "source": "s"}
     (tmp_path / "verify.json").write_text(json.dumps({"claims": [claim]}))
     out = tmp_path / "out"
+    (tmp_path / "cut.json").write_text('{"claims": [')
+    (tmp_path / "other.json").write_text('{"rows": [], "golden": []}')
+    (tmp_path / "short.json").write_text('{"claims": [{"id": "C"}]}')
+    told = ["report", str(sweep), "--out", str(tmp_path / "out"), "--claims"]
     cli.main(["report", str(sweep), "--out", str(out), "--claims", str(tmp_path / "verify.json")])
     page = (out / "index.html").read_text()
     (out / "probe.html").write_text(page.replace("</body>", PROBE))
     (out / "phone.html").write_text(PHONE)
     command = [
+        ([*told, "nowhere.json"], "nowhere.json is no outcome of `repro verify --json`: there is no such file"),
+        ([*told, str(tmp_path / "cut.json")], "cut.json is no outcome of `repro verify --json`"),
+        ([*told, str(tmp_path / "other.json")], "other.json is no outcome of `repro verify --json`"),
+        ([*told, str(tmp_path / "short.json")], "'claims' must be a list of entries with id, measured, plugin"),
         "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0",
         f"--blink-settings=preferredColorScheme={scheme}", "--window-size=600,900", "--virtual-time-budget=5000", "--dump-dom",
