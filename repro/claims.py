@@ -39,10 +39,11 @@ HOW = {
 }  # fmt: skip
 WHERE = {"root", "weights", "workers", "cache", "eval_batch"}
 SAMPLE = "a generated sample, which never counts"
+# What `repro verify --json` writes: the parts, and what an entry of each says at the least.
 VERIFIED = {
     "claims": {"plugin", "id", "statement", "source", "verdict", "measured", "why"},
     "golden": {"case", "passed"},
-}  # `repro verify --json`
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

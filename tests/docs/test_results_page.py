@@ -62,3 +62,12 @@ def test_a_quote_is_filled_between_its_markers_and_nowhere_else(ledger):
     made = make_results.quoted(text, ledger)
     assert made == f"a\n<!-- ledger -->\n{make_results.head(ledger)}\n<!-- end ledger -->\nz"
     assert make_results.quoted("no marker", ledger) == "no marker"
+
+
+def test_a_golden_case_that_could_not_be_read_counts_and_has_no_difference():
+    read = {"case": "a", "module": "M", "passed": True, "worst_output": 2e-7, "worst_gradient": 3e-6}
+    unread = {"case": "b", "module": None, "passed": False, "worst_output": None, "worst_gradient": None, "error": "cut"}
+    said = make_results.golden([read, unread])
+    assert said.startswith("1 of 2 golden cases agree")
+    assert "over the 1 with finite differences the largest difference of an output is 2.0e-07, of a gradient 3.0e-06" in said
+    assert make_results.golden([unread]).startswith("0 of 1 golden cases agree")

@@ -69,6 +69,11 @@ def test_an_unknown_verb_names_the_nearest(capsys):
         (("config", "diff", "a", "b"), "no gin file 'a'"),
         (("verify", "sdtp"), "sdtps"),
         (("verify", "--golden", "/nowhere"), "does not exist"),
+        (
+            ("verify", "sdtps", "--id", "SDTPS-11", "--id", "SDTPS-99"),
+            "--id SDTPS-99: no claim of sdtps has this id; nearest: SDTPS-9",
+        ),
+        (("verify", "--golden", "tests/golden", "--id", "SDTPS-99"), "--id SDTPS-99: no claim of sam"),
         (("data", "make", "rgbnt-sampel", "--root", "x"), "rgbnt-sample"),
         (("data", "make", "rgbnt-sample"), "--root DIR"),
         (("data", "make", "rgbnt-sample", "--root", "x", "--set", "sead=1"), "nearest: seed"),

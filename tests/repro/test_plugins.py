@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from core import config, registry
+from repro import report
 
 pytest_plugins = ["installed"]
 CHECKOUT = Path(__file__).parents[2]
@@ -168,10 +169,16 @@ def test_its_golden_adapters_and_claims_are_found(outside, tmp_path):
         save_file(
             {"in/x": x, "out/y": y}, tmp_path / "cases" / f"{name}.safetensors", {"meta": json.dumps({"module": "OutsideDouble"})}
         )
+    (tmp_path / "cases" / "cut.safetensors").write_bytes(b"nonsense")
     done = outside.repro("verify", "outside", "--golden", tmp_path / "cases", "--json", tmp_path / "v.json")
     assert done.status == 1
+    assert "1 of 3 golden cases agree" in done.out
     found = json.loads((tmp_path / "v.json").read_text())
-    assert {r["case"]: r["passed"] for r in found["golden"]} == {"right.safetensors": True, "wrong.safetensors": False}
+    passed = {r["case"]: r["passed"] for r in found["golden"]}
+    assert passed == {"cut.safetensors": False, "right.safetensors": True, "wrong.safetensors": False}
+    assert "not a readable safetensors file" in found["golden"][0]["error"]
+    assert "1 of 3 golden cases agree" in outside.repro("claims", tmp_path / "v.json", "--plugin", "outside").out
+    assert report.claimed(found).paragraphs[-1] == "1 of 3 golden cases agree."
     assert [(r["plugin"], r["id"], r["verdict"]) for r in found["claims"]] == [("outside", "OUT-1", "holds")]
 
 
