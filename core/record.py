@@ -154,6 +154,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def seconds(path: Path) -> float | None:
+    """What a finished run took, all its attempts together; None if its timing says too little."""
+    total, last, ended = 0.0, 0.0, None
+    for row in read_lines(path / "timing.jsonl"):
+        if "total_s" in row:
+            ended = float(row["total_s"])
+        now = 0.0 if "attempt" in row else float(row.get("elapsed_s", last))
+        if now < last:  # another attempt, its clock from the start
+            total += last
+        last = now
+    return None if ended is None else total + ended
+
+
 @dataclasses.dataclass(frozen=True)
 class Status:
     """A run's own word on itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -136,18 +137,19 @@ class Group:
     differing: Mapping[str, str]
     runs: Sequence[Run]
 
-    @property
-    def finished(self) -> list[Run]:
-        return [r for r in self.runs if r.metrics]
+    @cached_property
+    def counted(self) -> list[Run]:
+        """The runs that count, one a seed: the first that has results, else the first."""
+        found: dict[str, Run] = {}
+        for run in self.runs:
+            if run.seed not in found or (run.metrics and not found[run.seed].metrics):
+                found[run.seed] = run
+        return list(found.values())
 
     def values(self, metric: str) -> dict[str, float]:
-        """Finite values of a metric by seed; of a seed that was run more than once the first counts."""
-        found: dict[str, float] = {}
-        for run in self.finished:
-            value = run.metrics.get(metric)
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                found.setdefault(run.seed, float(value))
-        return found
+        """Finite values of a metric by seed."""
+        found = {run.seed: run.metrics.get(metric) for run in self.counted}
+        return {s: float(v) for s, v in found.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
     @property
     def repeated(self) -> dict[str, bool]:
@@ -196,6 +198,19 @@ def canonical(config: str) -> str:
     return str(path)
 
 
+def _names(files: Iterable[str]) -> dict[str, str]:
+    """What to call each gin file: its stem, with as much of its path as sets it apart from the others."""
+    parts = {file: PurePath(canonical(file).replace(":", "/")).with_suffix("").parts for file in files}
+    often = Counter(p[-k:] for p in set(parts.values()) for k in range(1, len(p) + 1))
+    return {file: "/".join(next((p[-k:] for k in range(1, len(p) + 1) if often[p[-k:]] == 1), p)) for file, p in parts.items()}
+
+
+def _apart(groups: Sequence[Group]) -> list[Group]:
+    """The groups, with the folder of the first run in the label of those that would be called alike."""
+    often = Counter(g.label for g in groups)
+    return [dataclasses.replace(g, label=f"{g.label} [{g.runs[0].path}]") if often[g.label] > 1 else g for g in groups]
+
+
 @cache
 def _sweep(path: Path) -> list[dict[str, Any]]:
     """The runs of a sweep's plan, those that say all that is asked of them here."""
@@ -211,26 +226,29 @@ def labels(runs: Iterable[Run]) -> dict[Path, str]:
     found: dict[Path, str] = {}
     for parent in dict.fromkeys(run.path.resolve().parent for run in runs):
         for path in sorted(parent.glob("sweeps/*/sweep.json")):
+            planned: dict[Path, dict[str, None]] = {}
             for run in _sweep(path):
                 cells = [value if name == "preset" else f"{name} = {value}" for name, value in run["cells"] if name != "SEED"]
-                found[parent / run["name"]] = ", ".join(cells) or _stem(run["gin"])
+                planned.setdefault(parent / run["name"], {})[", ".join(cells) or _stem(run["gin"])] = None
+            found |= {folder: " = ".join(names) for folder, names in planned.items()}
     return found
 
 
 def settings(runs: Sequence[Run]) -> list[Group]:
     """Runs by configuration as `groups` makes them, named and ordered as their sweeps name and order them.
 
-    A configuration that no sweep made keeps the label of `groups` and comes last; so does one whose name another has too.
+    A configuration that no sweep made keeps the label of `groups` and comes last; so does one whose name another has too. One
+    that was planned under several names, as a preset that changes nothing is, has them all: `file = baseline`.
     """
     named = labels(runs)
     order = {name: position for position, name in enumerate(dict.fromkeys(named.values()))}
     made = []
     for group in groups(runs):
-        names = [named[run.path.resolve()] for run in group.runs if run.path.resolve() in named]
-        made.append((names[0] if names else "", group))
-    often = Counter(name for name, _ in made)
-    ranked = sorted(made, key=lambda pair: order.get(pair[0], len(order)))
-    return [dataclasses.replace(g, label=name) if name and often[name] == 1 else g for name, g in ranked]
+        names = dict.fromkeys(named[run.path.resolve()] for run in group.runs if run.path.resolve() in named)
+        made.append((" = ".join(names), min(map(order.__getitem__, names), default=len(order)), group))
+    often = Counter(name for name, _, _ in made)
+    ranked = [(name, group) for name, _, group in sorted(made, key=lambda one: one[1])]
+    return _apart([dataclasses.replace(g, label=name) if name and often[name] == 1 else g for name, g in ranked])
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
@@ -240,20 +258,21 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         bindings = tuple(sorted((k, v) for k, v in run.effective.items() if k != SEED_KEY))
         keys.setdefault((bindings, "" if bindings else str(run.path)), []).append(run)
     bound = [dict(bindings) for bindings, _ in keys]
-    files = [members[0].config for members in keys.values()]
+    names = _names({members[0].config for members in keys.values()})
+    files = [names[members[0].config] for members in keys.values()]
     varied = _varied(bound)
     # One file a variant needs no list of what it binds; within a file, short names of what varies are enough.
     within = {file: _varied([b for f, b in zip(files, bound) if f == file]) for file in dict.fromkeys(files)}
     made = []
     for members, settings, file in zip(keys.values(), bound, files):
         differing = {k: settings.get(k, "default") for k in varied}
-        name = _stem(file) if len(within) > 1 or not differing else ""
+        name = file if len(within) > 1 or not differing else ""
         parts = [f"{k.rsplit('.', 1)[-1]} = {differing[k]}" for k in within[file]]
         if len(parts) > _LABELLED:
             parts = [*parts[:_LABELLED], f"… ({len(parts)} differ)"]
         label = "  ".join(filter(None, [name, ", ".join(parts)])) or members[0].path.name
         made.append(Group(label, differing, sorted(members, key=lambda r: r.seed)))
-    return sorted(made, key=lambda g: g.label)
+    return sorted(_apart(made), key=lambda g: g.label)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +299,7 @@ class Spread:
 def spread(group: Group, metric: str) -> Spread:
     """A metric over a group's seeds. Seeds without it are counted as missing, never silently left out."""
     values = list(group.values(metric).values())
-    missing = len({run.seed for run in group.runs}) - len(values)
+    missing = len(group.counted) - len(values)
     if not values:
         return Spread(None, None, 0, missing)
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values), missing)
@@ -303,10 +322,36 @@ def headline_metrics(runs: Sequence[Run], most: int = 6) -> list[str]:
     return (chosen or list(order))[:most]
 
 
+def families(groups: Sequence[Group]) -> list[tuple[list[Group], list[str]]]:
+    """Groups with the metrics to show of them: apart where they have none in common, as runs of two reproductions have not.
+
+    A group without results stands with the first of its gin file, else with the first family.
+    """
+    found: list[tuple[list[Group], set[str]]] = []
+    empty: list[Group] = []
+    for group in groups:
+        names = set(headline_metrics(group.runs))
+        if not names:
+            empty.append(group)
+            continue
+        kin = [family for family in found if family[1] & names]
+        found = [family for family in found if family not in kin]
+        found.append(([*(g for members, _ in kin for g in members), group], names.union(*(n for _, n in kin))))
+    members = [family for family, _ in found] or [[]]
+    for group in empty:
+        near = [m for m in members if any(g.runs[0].config == group.runs[0].config for g in m)]
+        (near or members)[0].append(group)
+    place = {id(g): position for position, g in enumerate(groups)}
+    for family in members:
+        family.sort(key=lambda g: place[id(g)])
+    members.sort(key=lambda family: place[id(family[0])] if family else 0)
+    return [(family, headline_metrics([r for g in family for r in g.runs])) for family in members]
+
+
 def best(groups: Sequence[Group], metric: str) -> list[Group]:
-    """The groups whose mean is the best one: several where they tie, none where no group has the metric."""
+    """The groups whose mean is the best one: several where they tie, none where fewer than two have the metric."""
     means = [(g, m) for g in groups if (m := spread(g, metric).mean) is not None]
-    if not means:
+    if len(means) < 2:
         return []
     top = (min if lower_is_better(metric, [r for g in groups for r in g.runs]) else max)(m for _, m in means)
     return [g for g, m in means if m == top]
@@ -341,7 +386,9 @@ def paired(a: Group, b: Group, metric: str) -> tuple[float | None, int]:
     return float(2 * stats.t.sf(abs(t), len(differences) - 1)), len(differences)
 
 
-_FALLING = ("loss", "error", "nll", "ece", "fpr", "false", "leak", "rmse", "mse", "mae", "abs_rel", "perplexity", "fid", "eer", "wer", "cer", "brier", "lpips")  # fmt: skip
+_FALLING = re.compile(  # whole words, or the beginning of one
+    r"(?<![a-z])((loss|error|false|leak|perplexity|brier)|abs_rel(?![a-z])|(nll|ece|fpr|rmse|mse|mae|fid|eer|wer|cer|lpips)(?![a-z]))"
+)
 
 
 def lower_is_better(metric: str, runs: Sequence[Run] = ()) -> bool:
@@ -353,5 +400,4 @@ def lower_is_better(metric: str, runs: Sequence[Run] = ()) -> bool:
     }
     if len(modes) == 1:
         return modes == {"min"}
-    name = metric.rsplit("/", 1)[-1].lower()
-    return any(name.startswith(p) or f"_{p}" in name for p in _FALLING)
+    return _FALLING.search(metric.lower()) is not None

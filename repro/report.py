@@ -148,15 +148,15 @@ def build(
         ValueError: for a metric that no run has, or a baseline that no configuration is named.
     """
     groups = gather.settings(runs)
-    chosen = list(metrics) or gather.headline_metrics(runs)
+    families = [(groups, list(metrics))] if metrics else gather.families(groups)
     known = {n for r in runs for n in r.metrics}
-    unknown = [m for m in chosen if known and m not in known]
+    unknown = [m for m in metrics if known and m not in known]
     if unknown:
         raise ValueError(f"no run has a metric {unknown[0]!r}; there are {', '.join(sorted(known)[:20])}")
     if baseline is not None and all(g.label != baseline for g in groups):
         raise ValueError(f"no configuration is named {baseline!r}; there are {', '.join(repr(g.label) for g in groups[:20])}")
     sections = [
-        summary(groups, chosen), comparison(groups, chosen, baseline), published(groups), curves(groups), states(runs),
+        summary(families), comparison(families, baseline), published(groups), curves(families), states(runs),
         own_tables(groups), costs(groups), pictures(groups), claimed(claims or {}), asked(groups),
     ]  # fmt: skip
     _unique([table for section in sections for table in section.tables])
@@ -179,21 +179,26 @@ def _slug(text: str) -> str:
 # --- sections -----------------------------------------------------------------------------------------------------------
 
 
-def summary(groups: Sequence[Group], metrics: Sequence[str]) -> Section:
+Families = Sequence[tuple[Sequence[Group], Sequence[str]]]
+"""Configurations that are shown together, with the metrics they are shown by."""
+
+
+def summary(families: Families) -> Section:
     """Every configuration with mean and spread over its seeds, the best marked."""
     section = Section("summary", "Results")
-    rows = [[g.label, str(len(g.runs)), *(gather.spread(g, m).text(brief=True) for m in metrics)] for g in groups]
-    best: set[int] = set()
-    if len(groups) > 1 and metrics:
-        top = gather.best(groups, metrics[0])
-        best = {i for i, g in enumerate(groups) if any(g is t for t in top)}
-    note = "– is a gap, never a zero"
-    if any(len(g.runs) > 1 for g in groups):
-        note = f"mean ± sample standard deviation over seeds, all of the runs unless n is said; {note}"
-    if best:
-        note += f". Marked: best by {metrics[0]}" + (" (a tie)" if len(best) > 1 else "")
-    section.tables.append(Table("summary", "", ["configuration", "runs", *metrics], rows, note, best))
-    for group in groups:
+    for groups, metrics in families:
+        rows = [[g.label, str(len(g.counted)), *(gather.spread(g, m).text(brief=True) for m in metrics)] for g in groups]
+        best: set[int] = set()
+        if metrics:
+            top = gather.best(groups, metrics[0])
+            best = {i for i, g in enumerate(groups) if any(g is t for t in top)}
+        note = "– is a gap, never a zero"
+        if any(len(g.counted) > 1 for g in groups):
+            note = f"mean ± sample standard deviation over seeds, all of the runs unless n is said; {note}"
+        if best:
+            note += f". Marked: best by {metrics[0]}" + (" (a tie)" if len(best) > 1 else "")
+        section.tables.append(Table("summary", "", ["configuration", "runs", *metrics], rows, note, best))
+    for group in [g for groups, _ in families for g in groups]:
         for seed, agree in group.repeated.items():
             same = "with the same result" if agree else "with DIFFERENT results"
             section.paragraphs.append(f"{group.label}: seed {seed} was run more than once, {same}; it counts once, by the first.")
@@ -264,19 +269,24 @@ def _ledger(runs: Sequence[Run]) -> tuple[list[list[str]], list[str]]:
     return rows, noted
 
 
-def comparison(groups: Sequence[Group], metrics: Sequence[str], baseline: str | None = None) -> Section:
+def comparison(families: Families, baseline: str | None = None) -> Section:
     """Paired tests of every configuration against the baseline, or else the best, over common seeds."""
     section = Section("significance", f"Differences from {baseline or 'the best configuration'}")
-    if len(groups) < 2 or not metrics:
-        return section
-    metric = metrics[0]
+    for groups, metrics in families:
+        if metrics:
+            _compare(section, groups, metrics[0], baseline)
+    return section
+
+
+def _compare(section: Section, groups: Sequence[Group], metric: str, baseline: str | None) -> None:
+    """Add the comparison by one metric to a section, where there is one."""
     means = [(g, m) for g in groups if (m := gather.spread(g, metric).mean) is not None]
     if baseline is None:
         found = gather.best(groups, metric)
     else:
         found = [g for g, _ in means if g.label == baseline]
     if len(means) < 2 or not found:
-        return section
+        return
     against = found[0]
     tested = [(g, m, *gather.paired(g, against, metric)) for g, m in means if g is not against]
     values = [p for *_, p, _ in tested if p is not None]
@@ -299,7 +309,6 @@ def comparison(groups: Sequence[Group], metrics: Sequence[str], baseline: str | 
     )
     columns = ["configuration", f"difference in {metric}", "pairs", "p", "p, corrected"]
     section.tables.append(Table("significance", "", columns, rows))
-    return section
 
 
 def states(runs: Sequence[Run]) -> Section:
@@ -339,7 +348,7 @@ def own_tables(groups: Sequence[Group]) -> Section:
     section.tables += [table for tables in made.values() for table in tables]
     if not several and groups:
         section.tables += _progress(groups[0].runs[0])
-    if any(len(g.runs) > 1 for g in groups) and section.tables:
+    if any(len(g.counted) > 1 for g in groups) and section.tables:
         section.paragraphs.append("Numbers that differ between seeds are mean ± sample standard deviation.")
     if len(groups) > DETAILED:
         section.paragraphs.append(f"The first {DETAILED} of {len(groups)} configurations; give run folders to see others.")
@@ -365,7 +374,7 @@ def _progress(run: Run) -> list[Table]:
 def _merged(group: Group) -> dict[str, Table]:
     """A group's tables by title: each number as mean ± standard deviation over the runs that have a table of the same form."""
     by_title: dict[str, list[dict[str, Any]]] = {}
-    for run in group.runs:
+    for run in group.counted:
         for found in run.result.get("tables") or []:
             by_title.setdefault(found["title"], []).append(found)
     made = {}
@@ -378,8 +387,8 @@ def _merged(group: Group) -> dict[str, Table]:
             for i, row in enumerate(first["rows"])
         ]
         notes = [first.get("note", "")]
-        if len(alike) < len(group.runs) and len(group.runs) > 1:
-            notes.append(f"{len(alike)} of {len(group.runs)} runs.")
+        if len(alike) < len(group.counted):
+            notes.append(f"{len(alike)} of {len(group.counted)} runs.")
         made[title] = Table("", title, [str(c) for c in first["columns"]], rows, " ".join(filter(None, notes)))
     return made
 
@@ -394,6 +403,11 @@ def _over(values: Sequence[Any]) -> str:
     deviation = f" ± {show.cell(statistics.stdev(numbers))}" if len(numbers) > 1 else ""
     missing = f" (n={len(numbers)})" if len(numbers) < len(values) else ""
     return show.cell(float(statistics.fmean(numbers))) + deviation + missing
+
+
+def _digits(value: float, decimals: int) -> str:
+    """With that many decimals; what would be cut to fewer than two digits by them has three digits instead."""
+    return f"{value:.{decimals}f}" if value == 0 or value >= 10 ** (1 - decimals) else f"{value:.3g}"
 
 
 def costs(groups: Sequence[Group]) -> Section:
@@ -412,8 +426,8 @@ def costs(groups: Sequence[Group]) -> Section:
         latency, macs = model.get("latency") or {}, model.get("macs")
         timed = f"{1e3 * latency['median_s']:.2f} ({1e3 * latency['low_s']:.2f}–{1e3 * latency['high_s']:.2f})" if latency else "–"
         rows.append([
-            group.label if len(groups) > 1 else run.path.name, *((f"{macs / 1e9:.4f}", f"{2 * macs / 1e9:.4f}") if macs is not None else ("–", "–")),
-            f"{model['parameters']:,}", f"{model['activation_bytes'] / 2**20:.1f}", timed, str(latency.get("n", "–")),
+            group.label if len(groups) > 1 else run.path.name, *((_digits(macs / 1e9, 4), _digits(2 * macs / 1e9, 4)) if macs is not None else ("–", "–")),
+            f"{model['parameters']:,}", _digits(model['activation_bytes'] / 2**20, 1), timed, str(latency.get("n", "–")),
             str(model.get("device", "–")), f"{model['coverage']:.1%}",
         ])  # fmt: skip
     if rows:
@@ -545,8 +559,8 @@ def asked(groups: Sequence[Group]) -> Section:
 
 
 def _took(run: Run) -> str:
-    seconds = [r["total_s"] for r in record.read_lines(run.path / "timing.jsonl") if "total_s" in r]
-    return duration(seconds[-1]) if seconds else "–"
+    seconds = record.seconds(run.path)
+    return "–" if seconds is None else duration(seconds)
 
 
 def _environments(runs: Sequence[Run]) -> dict[str, str]:
@@ -684,14 +698,27 @@ def _plot(lines: Sequence[tuple[str, Sequence[Points]]], title: str, *, logarith
     return Figure(caption, _svg(draw, height=3.6 + (0.22 * len(lines) if len(lines) > 1 else 0)))
 
 
-def curves(groups: Sequence[Group]) -> Section:
+def curves(families: Families) -> Section:
     """Loss, its terms and evaluations over steps: a line a configuration, mean and range over seeds."""
     section = Section("curves", "Curves")
-    drawn = [(g.label, [r for r in g.runs[:CURVE_SEEDS] if r.rows]) for g in groups[:CURVE_GROUPS]]
+    for groups, _ in families:
+        figures = _curves(groups)
+        if len(families) > 1:
+            figures = [dataclasses.replace(f, caption=f"{f.caption} ({_listed([g.label for g in groups])})") for f in figures]
+        section.figures += figures
+        if len(groups) > CURVE_GROUPS:
+            section.paragraphs.append(f"The first {CURVE_GROUPS} of {len(groups)} configurations.")
+    if not section.figures:
+        section.paragraphs.append("– (no run has a log)")
+    return section
+
+
+def _curves(groups: Sequence[Group]) -> list[Figure]:
+    """The curves of configurations that have metrics in common."""
+    drawn = [(g.label, [r for r in g.counted[:CURVE_SEEDS] if r.rows]) for g in groups[:CURVE_GROUPS]]
     drawn = [(label, runs) for label, runs in drawn if runs]
     if not drawn:
-        section.paragraphs.append("– (no run has a log)")
-        return section
+        return []
 
     def lines(name: str, *, evaluated: bool = False) -> list[tuple[str, list[Points]]]:
         return [(label, [_series(run, name, evaluated=evaluated) for run in runs]) for label, runs in drawn]
@@ -715,10 +742,7 @@ def curves(groups: Sequence[Group]) -> Section:
         figures += [_plot(lines(n, evaluated=True), f"{n}, evaluated") for n in metrics]
         figures += [_plot(lines(n), n) for n in terms[:6] if len(terms) > 1]
     figures += [_plot(lines(n), n) for n in [n for n in names if n not in terms][: 8 if len(drawn) == 1 else 4]]
-    section.figures += [f for f in figures if f is not None]
-    if len(groups) > CURVE_GROUPS:
-        section.paragraphs.append(f"The first {CURVE_GROUPS} of {len(groups)} configurations.")
-    return section
+    return [f for f in figures if f is not None]
 
 
 def pictures(groups: Sequence[Group]) -> Section:

@@ -102,6 +102,7 @@ def _train(run: record.RunFolder, config: configs.Config, args: argparse.Namespa
     from core import checkpoint, distributed, trainer
 
     describe(run, config)
+    run.timing({"attempt": run.attempts})
     if args.wandb:
         run.mirror_to(args.wandb, config.effective())
     built: list[Any] = []

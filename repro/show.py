@@ -60,5 +60,5 @@ def result(path: Path) -> None:
     data = record.read_json(path / "data.json")
     if data.get("sample"):
         print(f"These figures are from a GENERATED SAMPLE ({data.get('name')}), not from the published data set.")
-    seconds = [r["total_s"] for r in record.read_lines(path / "timing.jsonl") if "total_s" in r]
-    print(f"run folder: {path}" + (f"   ({duration(seconds[-1])})" if seconds else ""))
+    seconds = record.seconds(path)
+    print(f"run folder: {path}" + (f"   ({duration(seconds)})" if seconds is not None else ""))

@@ -346,20 +346,6 @@ def counted(rows: Iterable[Standing]) -> str:
 # --- what they cost ---------------------------------------------------------------------------------------------------
 
 
-def seconds(path: Path) -> float | None:
-    """What a finished run took, all its attempts together; None if its timing says too little."""
-    total, last, ended = 0.0, 0.0, None
-    for row in record.read_lines(path / "timing.jsonl"):
-        if "total_s" in row:
-            ended = float(row["total_s"])
-        elif "elapsed_s" in row:
-            now = float(row["elapsed_s"])
-            if now < last:
-                total += last
-            last = now
-    return None if ended is None else total + ended
-
-
 def costs(sweep: Sweep) -> dict[str, float]:
     """Seconds each run will take, by name, from finished runs of the same config that differ only in what the sweep varies.
 
@@ -384,7 +370,7 @@ def _costs_of_file(root: Path, stem: str, pairs: Sequence[tuple[Run, Mapping[str
         if not (path / "result.json").is_file():
             continue
         theirs = record.read_json(path / "run.json").get("effective")
-        spent = seconds(path)
+        spent = record.seconds(path)
         if spent is None or not isinstance(theirs, dict) or not set(theirs) <= keys | {SEED, STEPS}:
             continue
         if any(theirs.get(k) != v for k, v in fixed.items()):

@@ -147,6 +147,68 @@ def test_a_name_that_two_settings_share_names_neither(tmp_path):
     assert [g.label for g in gather.settings(gather.collect([str(root)]))] == ["sparse_ratio = 0.3", "sparse_ratio = 0.5"]
 
 
+def test_a_setting_planned_under_two_names_has_both_and_counts_a_seed_once(tmp_path):
+    root = tmp_path / "runs"
+    planned(root, "gin/x.gin", {"a": [["preset", "base"]], "b": [["preset", "file"]], "c": [["preset", "base"]]})
+    for name, seed, value in (("a", 0, 0.5), ("b", 0, 0.7), ("c", 1, 0.6)):
+        table = {"title": "t", "columns": ["", "score"], "rows": [["all", value]]}
+        make(root, name, effective(0.3, seed), {"m": value}, tables=[table], rows=[{"step": 1, "loss": value}])
+    runs = gather.collect([str(root)])
+    (group,) = gather.settings(runs)
+    assert group.label == "base = file"
+    tables = {t.key.partition("-")[0]: t for s in report.build(runs) for t in s.tables}
+    assert tables["summary"].rows == [["base = file", "2", "0.5500 ± 0.0707"]]
+    assert tables["run"].rows == [["all", "0.5500 ± 0.0707"]]
+
+
+def test_files_of_one_name_are_told_apart_by_as_much_of_their_path_as_it_takes(tmp_path):
+    for place, config, ratio in (
+        ("a", "gin/sam/nyu_s.gin", 0.3), ("b", "gin/sam/dformer/nyu_s.gin", 0.3), ("c", "gin/sam/dformer/nyu_b.gin", 0.5),
+        ("d", "theirs:base.gin", 0.6), ("e", "mine:base.gin", 0.7), ("f", "mine:base.gin", 0.8),
+    ):  # fmt: skip
+        make(tmp_path / place, "r", {**effective(ratio, 0), "x.Y.z": place}, {"m": ratio}, config=config)
+    labels = [g.label for g in gather.groups(gather.collect([str(tmp_path)]))]
+    assert labels == sorted([
+        "sam/nyu_s", "dformer/nyu_s", "nyu_b", "theirs/base", "mine/base  sparse_ratio = 0.7, z = e", "mine/base  sparse_ratio = 0.8, z = f",
+    ])  # fmt: skip
+    for place in ("one", "two"):  # runs that say nothing of what was asked
+        make(tmp_path / place / "old", "r", {}, {"m": 0.1})
+    blank = gather.groups(gather.collect([str(tmp_path / "one"), str(tmp_path / "two")]))
+    assert [g.label for g in blank] == [f"x [{tmp_path / place / 'old' / 'r'}]" for place in ("one", "two")]
+
+
+def test_runs_without_a_metric_in_common_have_tables_of_their_own(tmp_path):
+    for task, ratio, metrics in (
+        ("seg", 1, {"mIoU": 0.2, "loss": 1.0}), ("seg", 2, {"mIoU": 0.3}), ("reid", 1, {"mAP": 0.4, "rank-1": 0.5}), ("reid", 2, None),
+    ):  # fmt: skip
+        make(
+            tmp_path,
+            f"{task}{ratio}",
+            {f"{task}.X.y": str(ratio)},
+            metrics,
+            config=f"gin/{task}.gin",
+            rows=[{"step": s, "loss": 2.0} for s in (1, 2)],
+        )
+    page = report.build(gather.collect([str(tmp_path)]))
+    found = {t.key: t for s in page for t in s.tables}
+    assert found["summary"].columns == ["configuration", "runs", "mAP", "rank-1"]
+    assert found["summary"].rows == [["reid  y = 1", "1", "0.4000", "0.5000"], ["reid  y = 2", "1", "– (0 of 1)", "– (0 of 1)"]]
+    assert found["summary"].best == set()  # the best of one
+    assert found["summary-2"].rows == [["seg  y = 1", "1", "0.2000", "1.0000"], ["seg  y = 2", "1", "0.3000", "– (0 of 1)"]]
+    assert found["summary-2"].best == {1}
+    assert [row[:2] for row in found["significance"].rows] == [["seg  y = 1", "-0.1000"]]
+    (curves,) = [s for s in page if s.id == "curves"]
+    assert sorted(f.caption for f in curves.figures if f.caption.startswith("loss over steps (")) == [
+        "loss over steps (reid  y = 1, reid  y = 2)",
+        "loss over steps (seg  y = 1, seg  y = 2)",
+    ]
+
+
+def test_what_is_small_is_not_printed_as_nothing():
+    assert [report._digits(v, 4) for v in (34.209, 0.0, 0.0123, 5.76e-07)] == ["34.2090", "0.0000", "0.0123", "5.76e-07"]
+    assert [report._digits(v, 1) for v in (1.6, 1.0, 272 / 2**20)] == ["1.6", "1.0", "0.000259"]
+
+
 def test_all_that_tie_are_marked_and_a_baseline_can_be_named(tmp_path):
     root = tmp_path / "runs"
     for ratio, values in ((0.3, (0.4, 0.6)), (0.5, (0.6, 0.4)), (0.7, (0.1, 0.2))):
@@ -335,11 +397,19 @@ def test_two_runs_are_compared_in_what_was_asked_where_they_ran_results_and_cost
 
 def test_bad_requests_are_one_line(tmp_path, sweep, capsys):
     (tmp_path / "void").mkdir()
+    (tmp_path / "cut.json").write_text('{"claims": [')
+    (tmp_path / "other.json").write_text('{"rows": [], "golden": []}')
+    (tmp_path / "short.json").write_text('{"claims": [{"id": "C"}]}')
+    told = ["report", str(sweep), "--out", str(tmp_path / "out"), "--claims"]
     for words, said in (
         (["report", str(tmp_path / "nowhere")], "is not a folder"),
         (["report", str(tmp_path / "void")], "no run folder"),
         (["compare", str(sweep / "r0.3-0"), str(sweep / "r0.3-0")], "the same run"),
         (["report", str(sweep), "--metric", "mAP"], "no run has a metric 'mAP'"),
+        ([*told, "nowhere.json"], "nowhere.json is no outcome of `repro verify --json`: there is no such file"),
+        ([*told, str(tmp_path / "cut.json")], "cut.json is no outcome of `repro verify --json`"),
+        ([*told, str(tmp_path / "other.json")], "other.json is no outcome of `repro verify --json`"),
+        ([*told, str(tmp_path / "short.json")], "'claims' must be a list of entries with id, measured, plugin"),
     ):
         assert cli.main(words) == 2
         assert said in capsys.readouterr().err
@@ -394,22 +464,22 @@ def test_the_page_opens_on_a_phone_without_an_error_and_every_figure_is_drawn(sw
     (sweep / "r0.3-0" / "pictures").mkdir()
     Image.new("RGB", (1400, 300), "red").save(sweep / "r0.3-0" / "pictures" / "wide.png")
     (sweep / "r0.3-0" / "diff.patch").write_text("+" + "long " * 200)
-    claim = {"plugin": "p", "id": "C", "statement": "word " * 40, "verdict": "holds", "measured": "x" * 300, "why": "", "source": "s"}
+    claim = {
+        "plugin": "p",
+        "id": "C",
+        "statement": "word " * 40,
+        "verdict": "holds",
+        "measured": "x" * 300,
+        "why": "",
+        "source": "s",
+    }
     (tmp_path / "verify.json").write_text(json.dumps({"claims": [claim]}))
     out = tmp_path / "out"
-    (tmp_path / "cut.json").write_text('{"claims": [')
-    (tmp_path / "other.json").write_text('{"rows": [], "golden": []}')
-    (tmp_path / "short.json").write_text('{"claims": [{"id": "C"}]}')
-    told = ["report", str(sweep), "--out", str(tmp_path / "out"), "--claims"]
     cli.main(["report", str(sweep), "--out", str(out), "--claims", str(tmp_path / "verify.json")])
     page = (out / "index.html").read_text()
     (out / "probe.html").write_text(page.replace("</body>", PROBE))
     (out / "phone.html").write_text(PHONE)
     command = [
-        ([*told, "nowhere.json"], "nowhere.json is no outcome of `repro verify --json`: there is no such file"),
-        ([*told, str(tmp_path / "cut.json")], "cut.json is no outcome of `repro verify --json`"),
-        ([*told, str(tmp_path / "other.json")], "other.json is no outcome of `repro verify --json`"),
-        ([*told, str(tmp_path / "short.json")], "'claims' must be a list of entries with id, measured, plugin"),
         "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0",
         f"--blink-settings=preferredColorScheme={scheme}", "--window-size=600,900", "--virtual-time-budget=5000", "--dump-dom",
@@ -448,6 +518,14 @@ def test_what_runs_select_by_says_which_way_is_better(tmp_path):
     for metric, smallest in (("score", True), ("rmse", True), ("mAP", False)):
         (top,) = gather.best(groups, metric)
         assert (gather.spread(top, metric).mean == 0.3) == smallest, metric
+
+
+@pytest.mark.parametrize(
+    "metric", ["presence NLL", "presence ECE", "loss/class", "FPR@95", "val_loss", "abs_rel", "leak[raw]", "false positives"]
+)
+def test_what_falls_by_its_name(metric):
+    assert gather.lower_is_better(metric)
+    assert not gather.lower_is_better("fidelity of cerise maelstroms, mIoU[zero], rank-1")
 
 
 def test_every_table_has_a_file_of_its_own_however_long_the_names_are(tmp_path):
