@@ -436,7 +436,8 @@ class RunFolder:
         if not self.writes:
             return
         if self.chatty:
-            print(text, flush=True)
+            with unread():
+                print(text)
         with contextlib.suppress(OSError), open(self.path / "log.txt", "a", encoding="utf-8") as handle:
             handle.write(text + "\n")
 
@@ -463,6 +464,26 @@ def runs(root: Path) -> Iterator[Path]:
     for entry in entries:
         if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
             yield from runs(Path(entry.path))
+
+
+def silence() -> None:
+    """Send standard output nowhere from here on: its reader is gone, and what is in the buffer would fail again at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def unread() -> Iterator[None]:
+    """Around what long work prints: a reader that goes away (`| head`) silences standard output and does not end the work."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence()
+    except SystemExit as ended:  # what rich makes of it
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
 
 
 def interactive() -> bool:

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 VERBS = {
     "run": "train and evaluate one reproduction, from a gin file",
@@ -75,13 +75,10 @@ def verb(name: str, argv: Sequence[str] | None = None) -> int:
     parser = parser_of(name)
     arguments = parser.parse_args(argv)
     try:
-        return int(importlib.import_module(f"repro.{name}").main(arguments) or 0)
+        return _printed(lambda: int(importlib.import_module(f"repro.{name}").main(arguments) or 0))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
     except Exception as error:
         if not isinstance(error, (*expected_errors(), KeyError)) or os.environ.get("REPRO_TRACEBACK"):
             traceback.print_exc()
@@ -93,9 +90,26 @@ def verb(name: str, argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED if isinstance(error, (FloatingPointError, OSError, RuntimeError)) else EXIT_USAGE
 
 
+def _printed(act: Callable[[], int]) -> int:
+    """The status of what prints: failed, without a word, where nobody reads it to the end (`| head`)."""
+    try:
+        status = act()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        from core import record
+
+        record.silence()
+        return EXIT_FAILED
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`repro VERB …`."""
     words = list(sys.argv[1:] if argv is None else argv)
+    return _printed(lambda: _main(words))
+
+
+def _main(words: list[str]) -> int:
     verbs = available()
     if not words or words[0] in ("-h", "--help", "help"):
         width = max(map(len, verbs))

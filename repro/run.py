@@ -49,8 +49,9 @@ def main(args: argparse.Namespace) -> int:
         if rank == 0:
             if not record.read_json(path / "result.json"):
                 raise ValueError(f"{path} is finished, but its result.json is missing or damaged; --fresh runs it again")
-            print(f"{path} is finished already (--fresh starts over)\n")
-            show.result(path)
+            with record.unread():
+                print(f"{path} is finished already (--fresh starts over)\n")
+                show.result(path)
         return 0
     if args.fresh:
         _refuse_foreign(path)
@@ -143,9 +144,10 @@ def _train(run: record.RunFolder, config: configs.Config, args: argparse.Namespa
         _extras(run, task, model, args)
     run.timing({"step": outcome.step, "total_s": time.perf_counter() - started})
     run.say(state="finished", step=outcome.step, message="")
-    if not args.quiet:
-        print()
-    show.result(run.path)
+    with record.unread():
+        if not args.quiet:
+            print()
+        show.result(run.path)
     return 0
 
 

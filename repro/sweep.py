@@ -227,9 +227,10 @@ def _local(found: sweep.Sweep, jobs: Sequence[job.Job], places: Sequence[local_q
     began = time.perf_counter()
     exits = queue.run()
     rows, _ = sweep.standings(found)
-    print(f"\n{status.standing_table(found, rows)}\n\n{sweep.counted(rows)}   ({duration(time.perf_counter() - began)})")
-    if all(r.state == "finished" for r in rows):
-        print(f"\n{status.results_table(found)}")
+    with record.unread():
+        print(f"\n{status.standing_table(found, rows)}\n\n{sweep.counted(rows)}   ({duration(time.perf_counter() - began)})")
+        if all(r.state == "finished" for r in rows):
+            print(f"\n{status.results_table(found)}")
     if queue.stopping:
         return record.EXIT_STOPPED
     if any(code not in (0, record.EXIT_STOPPED) for code in exits.values()):
@@ -244,7 +245,7 @@ def _shower(found: sweep.Sweep, total: int) -> Callable[[local_queue.LocalQueue]
     state: dict[str, Any] = {"line": ""}
 
     def show(queue: local_queue.LocalQueue) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with record.unread():
             clear = "\r\033[K" if live and state["line"] else ""
             for path, code in queue.exits.items():
                 if path not in said:

@@ -43,6 +43,20 @@ def command(tmp_path):
 
 
 @pytest.fixture
+def unread():
+    """For `before` of a command: its standard output is a pipe that nobody reads any more."""
+
+    def close():
+        import os
+
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+
+    return close
+
+
+@pytest.fixture
 def main_job(command, sample, tmp_path):
     """Run the main job at the tiny size into `tmp_path / name`."""
 

@@ -131,3 +131,10 @@ def test_what_a_component_refuses_is_said_without_gins_own_lines(command, tmp_pa
     with_all = command(*asked, "--fresh", "--quiet", before=lambda: __import__("os").environ.update(REPRO_TRACEBACK="1"))
     assert "In call to configurable 'TokenSparse'" in with_all.err
     assert "Traceback" in with_all.err
+
+
+def test_a_reader_that_goes_away_is_no_traceback(command, unread):
+    pytest.importorskip("shtab")
+    for words in ("completion", "bash"), ("help",), ("list",):
+        done = command(*words, before=unread)
+        assert (done.status, done.err) == (1, "")

@@ -340,3 +340,14 @@ def test_every_variant_of_the_notes_trains(main_job, tmp_path, variant):
     done = main_job("a", gin=f"gin/sdtps/variants/{variant}.gin", settings=("STEPS=2",))
     assert done.status == 0, done.err
     assert 0 <= result(tmp_path / "a")["metrics"]["mAP[camera]"] <= 1
+
+
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(main_job, unread, tmp_path):
+    for _ in ("trained", "shown again"):
+        done = main_job("a", settings=("STEPS=2",), before=unread)
+        assert (done.status, done.err) == (0, "")
+        assert record.status(tmp_path / "a").state == "finished"
+    log = (tmp_path / "a" / "log.txt").read_text()
+    assert "run folder" in log
+    assert "step 2/2  evaluation: " in log
+    assert "finished already" in main_job("a", settings=("STEPS=2",)).out
