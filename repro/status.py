@@ -126,8 +126,12 @@ def main(args: argparse.Namespace) -> int:
         if not folders:
             raise ValueError(f"there is no sweep below {root / 'sweeps'}; start one with `repro sweep`")
         for folder in folders:
-            rows, _ = sweep.standings(sweep.read(folder))
-            print(f"{folder.name}   {sweep.counted(rows)}")
+            try:
+                rows, _ = sweep.standings(sweep.read(folder))
+                said = sweep.counted(rows)
+            except ValueError as error:  # one that cannot be read hides no other
+                said = str(error)
+            print(f"{folder.name}   {said}")
         return 0
     found = sweep.find(args.sweep, root)
     while True:

@@ -131,7 +131,7 @@ def read(folder: Path) -> Sweep:
     """
     found = record.read_json(folder / FILE)
     if "runs" not in found:
-        raise ValueError(f"{folder} is not a sweep (no {FILE} in it)")
+        raise ValueError(f"{folder} is not a sweep (no {FILE} in it that can be read)")
     try:
         runs = [
             Run(r["name"], r["gin"], tuple(r["overrides"]), tuple((a, b) for a, b in r["cells"]), r["configuration"])

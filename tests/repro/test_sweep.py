@@ -16,6 +16,7 @@ import torch
 
 from core import checkpoint, record
 from core import config as configs
+from repro import cli as command_line
 from repro import status
 from slurm import grid, job, sweep
 
@@ -289,6 +290,22 @@ def test_a_sweep_file_that_is_damaged_is_one_clear_error(gin):
     record.write_json(found.folder / "sweep.json", whole)
     with pytest.raises(ValueError, match=r"sweep.json is not what `repro sweep` writes \(KeyError: 'cells'\); remove it"):
         sweep.read(found.folder)
+
+
+def test_among_all_sweeps_one_that_is_damaged_is_one_line_and_the_others_are_shown(gin, capsys):
+    for name in ("a", "b", "c"):
+        sweep.plan(str(gin), (), [grid.axis("SEED=0..1")], gin.parent / "runs", name=name).write()
+    path = gin.parent / "runs" / "sweeps" / "b" / "sweep.json"
+    older = record.read_json(path)
+    for run in older["runs"]:
+        del run["gin"]  # every run's own since presets may have a file
+    record.write_json(path, older)
+    assert command_line.main(["status", "--runs", str(gin.parent / "runs")]) == 0
+    first, damaged, last = capsys.readouterr().out.splitlines()
+    assert (first, last) == ("a   2 runs: 2 waiting", "c   2 runs: 2 waiting")
+    assert re.match(r"b   .*sweep.json is not what `repro sweep` writes \(KeyError: 'gin'\)", damaged)
+    assert command_line.main(["status", "b", "--runs", str(gin.parent / "runs")]) == 2
+    assert "is not what `repro sweep` writes" in capsys.readouterr().err
 
 
 def test_a_sweep_under_a_name_that_another_has_is_refused(gin):
