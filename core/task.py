@@ -142,7 +142,7 @@ class Task:
     def blueprint(self) -> nn.Module:
         """The model at its published size, built without any data (the published number of identities, say).
 
-        This is what `repro profile` counts where the data are not at hand. Default: `model()`.
+        This is what `repro profile` counts, and `repro export` loads a run into, where the data are not at hand. Default: `model()`.
         """
         return self.model()
 

@@ -6,6 +6,9 @@
 
 What a model offers as parts, and which of their axes may change size, is the model's business (`export_parts`). ONNX needs the
 extra `export`: pip install 'ginrepro[export]'; `--format torch` needs nothing.
+
+The model of a run is built as the run built it, for which its data are opened (a generated sample is made again). Where they are gone,
+it is built at the sizes that the config gives for that, and its weights must fit all the same.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from core import config as configs
-from core import record
+from core import record, registry
 from repro import cli
 
 
@@ -46,18 +49,18 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--tolerance must be positive, got {args.tolerance}")
     wanted = [_sizes(text) for text in args.sizes]
     model, folder, said = _trained(Path(args.run), args) if args.run else _configured(args)
-    if not hasattr(model, "export_parts"):
-        raise ValueError(f"{type(model).__name__} names no parts to export (it has no method export_parts)")
     from core import export
     from repro import show
 
     parts = _chosen(model.eval().export_parts(), args.only)
+    _require_axes(wanted, parts)
     folder = Path(args.out) if args.out else folder
     print(f"{said}, {sum(p.numel() for p in model.parameters()):,} parameters, to {folder}")
     done: list[export.Exported] = []
 
     def tried(part: export.Part) -> list[dict[str, int]]:
-        return [{k: v for k, v in sizes.items() if k in part.sizes()} for sizes in wanted] or export.other_sizes(part)
+        asked = [{k: n for k, n in sizes.items() if k in part.sizes()} for sizes in wanted]
+        return [sizes for sizes in asked if sizes] or export.other_sizes(part)
 
     def told(one: export.Exported) -> None:
         done.append(one)
@@ -94,8 +97,23 @@ def _sizes(text: str) -> dict[str, int]:
         name, equals, value = item.partition("=")
         if not equals or not value.isdigit() or int(value) < 1:
             raise ValueError(f"--sizes wants NAME=N,… with N of at least 1, such as batch=1,tokens=33; got {text!r}")
+        if name.strip() in sizes:
+            raise ValueError(f"--sizes {text}: {name.strip()} is given twice; for more than one size repeat --sizes")
         sizes[name.strip()] = int(value)
     return sizes
+
+
+def _require_axes(wanted: Sequence[dict[str, int]], parts: Sequence[Any]) -> None:
+    """ValueError for a size of an axis that none of the parts has: nothing would be compared at it."""
+    axes = {part.name: list(part.sizes()) for part in parts}
+    known = {name for names in axes.values() for name in names}
+    for name in dict.fromkeys(name for sizes in wanted for name in sizes):
+        if name not in known:
+            near = registry.nearest(name, known)
+            have = "; ".join(f"{part}: {', '.join(names) or 'none'}" for part, names in axes.items())
+            raise ValueError(
+                f"--sizes {name}: no part to export has an axis of this name{f'; nearest: {near[0]}' if near else ''} ({have})"
+            )
 
 
 def _chosen(parts: Sequence[Any], only: Sequence[str] | None) -> list[Any]:
@@ -115,6 +133,7 @@ def _configured(args: argparse.Namespace) -> tuple[Any, Path, str]:
 
     trainer.seed_everything(int(config.get(f"{configs.TRAIN}.seed", 0)))
     model = task.blueprint()
+    _require_parts(model)
     said = f"{config.file} with initial weights"
     if args.weights:
         checkpoint.load_model(model, trainer.initial_weights(args.weights), what=args.weights)
@@ -127,12 +146,53 @@ def _trained(run: Path, args: argparse.Namespace) -> tuple[Any, Path, str]:
         raise ValueError(f"{run} is no run folder: it has no config.gin")
     from repro import profile
 
-    task = profile.build(configs.read(str(run / "config.gin"), [], allow_imports=args.allow_import))
+    config = configs.read(str(run / "config.gin"), [], allow_imports=args.allow_import)
+    task = profile.build(config)
     from core import checkpoint, trainer
 
-    model = task.model()
-    checkpoint.load_model(model, trainer.initial_weights(str(run)), what=str(run))
-    return model, run / "export", f"{run} (best checkpoint)"
+    model, without = _rebuilt(task, run, int(config.get(f"{configs.TRAIN}.seed", 0)))
+    _require_parts(model)
+    weights = trainer.initial_weights(str(run))
+    try:
+        checkpoint.load_model(model, weights, what=str(run))
+    except checkpoint.CheckpointError as error:
+        if not without:
+            raise
+        raise checkpoint.CheckpointError(
+            f"{error}. It was built without what the run had: {without}. Bring that back, or give --gin {run / 'config.gin'} --weights {run}, with the sizes by --set"
+        ) from error
+    if without:
+        print(f"note: built at the sizes of the config, as the run cannot be set up again: {without}")
+    return model, run / "export", f"{run} (best checkpoint)" + (", built without its data" if without else "")
+
+
+def _rebuilt(task: Any, run: Path, seed: int) -> tuple[Any, str]:
+    """The model as the run built it; where its data or files are gone, the task's blueprint, and what is gone.
+
+    Raises:
+        ValueError: if the task builds nothing without them.
+    """
+    from core import trainer
+
+    try:
+        trainer.seed_everything(seed)
+        task.prepare(run.parent)
+        trainer.seed_everything(seed)
+        return task.model(), ""
+    except cli.expected_errors() as error:
+        gone = " ".join(configs.said(error).split()).rstrip(".")
+    try:
+        return task.blueprint(), gone
+    except Exception as error:
+        cause = f"{type(error).__name__}: {configs.said(error)}"
+        raise ValueError(
+            f"{run} cannot be set up again ({gone}), and {type(task).__name__} builds no model without that ({cause}). Bring it back"
+        ) from error
+
+
+def _require_parts(model: Any) -> None:
+    if not hasattr(model, "export_parts"):
+        raise ValueError(f"{type(model).__name__} names no parts to export (it has no method export_parts)")
 
 
 if __name__ == "__main__":
