@@ -1,6 +1,7 @@
 """The command line: every mistake is one line on standard error and a non-zero status, never a traceback."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -120,15 +121,15 @@ def test_list_as_json_says_where_everything_is_from(capsys):
     assert {p["name"] for p in found["plugins"]} >= {"sam", "sam3_fusion", "sap", "sdtps"}
 
 
-def test_what_a_component_refuses_is_said_without_gins_own_lines(command, tmp_path):
+def test_what_a_component_refuses_is_said_without_gins_own_lines(main_job, tmp_path):
     from core import record
 
-    asked = ("run", "--gin", "gin/sdtps_rgbnt.gin", "--set", "sdtps.TokenSparse.sparse_ratio=1.5", "--out", str(tmp_path / "a"))
-    done = command(*asked, "--quiet")
+    asked = ("sdtps.TokenSparse.sparse_ratio=1.5",)
+    done = main_job("a", "--quiet", settings=asked)
     assert done.status == 2
     assert done.err == "error: sparse_ratio must be in (0, 1], got 1.5\n"
     assert record.status(tmp_path / "a").message == "ValueError: sparse_ratio must be in (0, 1], got 1.5"
-    with_all = command(*asked, "--fresh", "--quiet", before=lambda: __import__("os").environ.update(REPRO_TRACEBACK="1"))
+    with_all = main_job("a", "--fresh", "--quiet", before=lambda: os.environ.update(REPRO_TRACEBACK="1"), settings=asked)
     assert "In call to configurable 'TokenSparse'" in with_all.err
     assert "Traceback" in with_all.err
 
