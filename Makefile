@@ -24,7 +24,7 @@ run: $(VENV)/base
 	$(BIN)/python -m repro.run --gin gin/sdtps_rgbnt.gin
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
