@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from core import distributed
+from core.options import require_choice
 
 Sample = dict[str, Any]
 _PLAN, _SAMPLE = 0, 1  # purposes: separate random streams
@@ -65,8 +66,7 @@ class Shuffled:
     def __init__(self, length: int, batch_size: int, shuffle: bool = True, last_batch: Literal["drop", "fill"] = "drop"):
         if not 0 < batch_size <= length:
             raise ValueError(f"batch_size must be in 1..{length} (the number of samples), got {batch_size}")
-        if last_batch not in ("drop", "fill"):
-            raise ValueError(f"last_batch must be drop or fill, got {last_batch!r}")
+        require_choice("last_batch", last_batch, Literal["drop", "fill"])
         self.length, self.batch_size, self.shuffle, self.last_batch = length, batch_size, shuffle, last_batch
 
     def epoch(self, number: int, rng: np.random.Generator) -> list[list[int]]:

@@ -287,9 +287,6 @@ class WordLlamaText(TextEncoder):
 # --- CLIP -----------------------------------------------------------------------------------------------------------------
 
 
-Activation = Literal["quick_gelu", "gelu"]
-
-
 class _TextBlock(nn.Module):
     """CLIP's pre-norm block with causal attention, under CLIP's own parameter names."""
 
@@ -391,8 +388,8 @@ class CLIPText(TextEncoder):
         core.checkpoint.CheckpointError: if the weight file cannot be read safely.
     """
 
-    def __init__(self, weights: str, vocabulary: str, batch: int = 64, activation: Activation = "quick_gelu"):
-        require_choice("activation", activation, Activation)
+    def __init__(self, weights: str, vocabulary: str, batch: int = 64, activation: Literal["quick_gelu", "gelu"] = "quick_gelu"):
+        require_choice("activation", activation, Literal["quick_gelu", "gelu"])
         state = {k.removeprefix("text."): v.float() for k, v in read_weights(Path(weights)).items()}
         if "token_embedding.weight" not in state or "text_projection" not in state:
             raise ValueError(f"{weights} has no CLIP text tower (no token_embedding.weight and text_projection)")
