@@ -1,12 +1,15 @@
 """Every test runs on one CPU thread, without network, and with the shapes in annotations checked."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PYTHONHASHSEED"] = "0"
+# Hundreds of tests start a command of ours; where bytecode is not kept, each would compile our sources anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from jaxtyping import install_import_hook
 
@@ -18,6 +21,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+sys.dont_write_bytecode = False
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repro", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("repro")
