@@ -1,6 +1,6 @@
 """CPU time and memory of the tri-modal SDTPS step, forward and backward, against the released order of operations.
 
-    python benchmarks/token_selection.py [--repeats 60] [--batch 8] [--dim 512]
+    python benchmarks/token_selection.py [--repeats 60] [--batch 8] [--dim 512] [--compiled]
 
 The peer below is written from the release's formulas, in its order: patches are L2-normalised once for each of nine attention
 maps and multiplied out, the predictor is differentiated at all tokens, scores are sorted in full, kept and dropped tokens are gathered
@@ -9,12 +9,14 @@ separately, and a mask of ones goes through the aggregation's additive penalty. 
 Both run in one process, one thread, turn and turn about, on the same weights and inputs (B=8, N=128, C=512, float32); the loss
 is the mean square of the concatenated mean-pooled outputs. First outputs must be equal (1e-6), and so must the gradients of
 their sum against random numbers (1e-5 of each tensor's largest entry). The figure is the ratio of the shortest process times
-(user and system). Target: 0.6. Beside it stands what the graph of a step holds in memory.
+(user and system). Target: 0.6. Beside it stands what the graph of a step holds in memory. `--compiled` adds what
+`torch.compile` makes of the peer and of our composed operations (minutes, and a C++ compiler).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import math
 import statistics
@@ -183,6 +185,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--compiled", action="store_true", help="time both sides under torch.compile as well")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -191,26 +194,30 @@ def main() -> int:
     missed = 0
     for commit, no_grad in COMMITS.items():
         print(f"\nrelease at {commit}, attention maps {'without' if no_grad else 'with'} gradient")
-        missed += compare(no_grad, args.dim, args.repeats, patches, guides)
+        missed += compare(no_grad, args.dim, args.repeats, patches, guides, args.compiled)
     return int(missed > 0)
 
 
-def compare(no_grad: bool, dim: int, repeats: int, patches: Tensors, guides: Tensors) -> bool:
+def compare(no_grad: bool, dim: int, repeats: int, patches: Tensors, guides: Tensors, compiled: bool) -> bool:
     """Print one comparison; whether the limit was missed."""
     peer = Released(dim, no_grad)
     ours, composed = (MultiModalSDTPS(dim, TOKENS, attention_no_grad=no_grad, fused=fused) for fused in (True, False))
     for name, module in (("ours", ours), ("composed", composed)):
         module.load_state_dict(ReferenceKeys().from_reference(peer.state_dict()))
         output, gradient = check(module, peer, patches, guides)
-        print(f"{name:<28} outputs equal to {output:.1e}, gradients to {gradient:.1e} of their largest entry")
+        print(f"{name:<38} outputs equal to {output:.1e}, gradients to {gradient:.1e} of their largest entry")
 
     modules: dict[str, nn.Module] = {"released order": peer, "ours": ours, "ours, composed (fused=False)": composed}
+    if compiled:
+        for name in ("released order", "ours, composed (fused=False)"):
+            modules[f"{name}, compiled"] = copy.deepcopy(modules[name])
+            modules[f"{name}, compiled"].compile()
     times = shortest({name: lambda m=m: step(m, patches, guides) for name, m in modules.items()}, repeats)  # type: ignore[misc]
     base, base_median = min(times["released order"]), statistics.median(times["released order"])
     for name, timed in modules.items():
         least, median = min(times[name]), statistics.median(times[name])
         print(
-            f"{name:<28} {1e3 * least:7.2f} ms   ratio {least / base:.3f}   (median {1e3 * median:.2f} ms, ratio "
+            f"{name:<38} {1e3 * least:7.2f} ms   ratio {least / base:.3f}   (median {1e3 * median:.2f} ms, ratio "
             f"{median / base_median:.3f})   stores {stored(timed, patches, guides):.2f} MiB"
         )
     ratio = min(times["ours"]) / base
