@@ -38,8 +38,8 @@ def read(run: Path) -> dict[str, Any]:
 
 
 def note(run: Path, **changes: Any) -> None:
-    """Change the launcher's note. The submitter and the job may do so at the same time."""
-    with FileLock(str(run / ".job.lock"), timeout=30):
+    """Change the launcher's note. The submitter and the job may do so at the same time, and a signal's handler inside of it."""
+    with FileLock(str(run / ".job.lock"), timeout=30, is_singleton=True):
         record.write_json(run / NOTE, {**read(run), **changes})
 
 
@@ -165,14 +165,16 @@ class Job:
         """Called by submitit when the time limit nears or the job is preempted: stop the run at its next step, then requeue.
 
         Returns None, which means no requeue, when the limit is reached.
+
+        Raises:
+            SystemExit: with status 0, if the run came to its end while the signal was on its way: nothing is left to requeue.
         """
         import submitit
 
         for number in (*_ASKED_TO_STOP, signal.SIGCONT):  # one is enough: a second one must not break the first's work
             signal.signal(number, signal.SIG_IGN)
-        until = time.monotonic() + max(1.0, self.stop_s - 5.0)
-        if self._child is not None and self._child.returncode is None:
-            self._stop_child(until)
+        if self._stop_child(time.monotonic() + max(1.0, self.stop_s - 5.0)) == 0:
+            raise SystemExit(0)
         restarts = _restarts()
         if restarts >= self.limit:
             note(self.path, message=f"requeued {restarts} times, the limit; `repro sweep --resume` goes on")
@@ -185,19 +187,27 @@ class Job:
         _drop_stale(place.paths.submitted_pickle)
         return submitit.helpers.DelayedSubmission(self)
 
-    def _stop_child(self, until: float) -> None:
-        child, ended = self._child, None
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child.pid, signal.SIGTERM)
-        options = os.WEXITED | os.WNOWAIT | os.WNOHANG
-        with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitid(os.P_PID, child.pid, options)) is None and time.monotonic() < until:
-                time.sleep(0.05)
-            if ended is None:
-                os.kill(child.pid, signal.SIGKILL)
-                ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        if ended is not None:
-            self.settle(child.pid, ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status)
+    def _stop_child(self, until: float) -> int | None:
+        """Ask the run to stop, and kill it if it has not by then. Returns how it ended, None if it cannot be known."""
+        child = self._child
+        if child is None:
+            return None
+        code: int | None = child.returncode
+        if code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGTERM)
+            ended, options = None, os.WEXITED | os.WNOWAIT | os.WNOHANG
+            with contextlib.suppress(ChildProcessError):
+                while (ended := os.waitid(os.P_PID, child.pid, options)) is None and time.monotonic() < until:
+                    time.sleep(0.05)
+                if ended is None:
+                    os.kill(child.pid, signal.SIGKILL)
+                    ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            if ended is not None:
+                code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        if code is not None:
+            self.settle(child.pid, code)
+        return code
 
     def _preflight(self, restarts: int) -> list[str]:
         """What would make this job fail here, said before it starts."""

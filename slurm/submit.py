@@ -16,7 +16,6 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from slurm.job import NOTE, Job, note
 from slurm.profile import Profile
@@ -166,12 +165,3 @@ def cancel(ids: Sequence[str]) -> None:
     """
     if ids:
         _ask("scancel", *ids)
-
-
-def detail(job: str) -> dict[str, Any]:
-    """What `scontrol show job` says of one job, {} where it is forgotten."""
-    try:
-        said = _ask("scontrol", "--oneliner", "show", "job", job)
-    except SlurmError:
-        return {}
-    return dict(re.findall(r"(\w+)=(\S*)", said))

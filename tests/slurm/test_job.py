@@ -121,6 +121,29 @@ def test_a_time_limit_or_preemption_stops_the_run_and_requeues_it(tmp_path):
     assert again.function == task.job  # the requeued job is the same command line
 
 
+@pytest.mark.parametrize("already", [False, True])
+def test_a_run_that_comes_to_its_end_as_the_signal_arrives_is_not_requeued(tmp_path, already):
+    task = Task(tmp_path)
+    if not already:  # it ends in the grace time
+        (tmp_path / "run.py").write_text(textwrap.dedent(RUN).replace("sys.exit(75)", "sys.exit(0)"))
+    task.start().running()
+    if already:  # its job has not ended yet
+        os.kill(task.process.pid, signal.SIGSTOP)
+        (task.run / "go").write_text("0")
+        wait_for(lambda: "State:\tZ" in Path(f"/proc/{task.child}/status").read_text())
+        os.kill(task.process.pid, signal.SIGUSR2)
+        os.kill(task.process.pid, signal.SIGCONT)
+    else:
+        task.signal(signal.SIGUSR2)
+    said = task.wait()
+    assert task.process.returncode == 0, said
+    assert task.calls() == []
+    found = read(task.run)
+    assert found["exit"] == 0
+    assert found["ended"] is not None
+    assert found["requeues"] == 0
+
+
 def test_a_second_signal_while_the_first_is_handled_changes_nothing(tmp_path):
     task = Task(tmp_path).start().running()
     task.signal(signal.SIGUSR2)
@@ -267,6 +290,22 @@ def test_a_job_is_strings_and_small(tmp_path):
     assert again == job
     assert again._child is None
     assert len(pickle.dumps(job)) < 1000
+
+
+def test_a_signal_that_interrupts_a_note_may_write_its_own(tmp_path, monkeypatch):
+    def requeue(*_):
+        monkeypatch.undo()
+        note(tmp_path, message="requeue 1 of 3")
+        sys.exit(1)  # as submitit does
+
+    monkeypatch.setattr(record, "write_json", lambda *_: signal.raise_signal(signal.SIGUSR2))
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with pytest.raises(SystemExit):
+            note(tmp_path, ended=1)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert read(tmp_path) == {"message": "requeue 1 of 3"}
 
 
 def test_notes_of_two_writers_are_both_kept(tmp_path):
