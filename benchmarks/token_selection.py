@@ -10,7 +10,7 @@ Both run in one process, one thread, turn and turn about, on the same weights an
 is the mean square of the concatenated mean-pooled outputs. First outputs must be equal (1e-6), and so must the gradients of
 their sum against random numbers (1e-5 of each tensor's largest entry). The figure is the ratio of the shortest process times
 (user and system). Target: 0.6. Beside it stands what the graph of a step holds in memory. `--compiled` adds what
-`torch.compile` makes of the peer and of our composed operations (minutes, and a C++ compiler).
+`torch.compile` makes of the peer and of our composed operations (minutes, and a C++ compiler), with its differences but no limit on them.
 """
 
 from __future__ import annotations
@@ -138,14 +138,12 @@ def gradients(module: nn.Module, patches: Tensors, guides: Tensors) -> tuple[Ten
     return tokens, named | {m: torch.zeros_like(p) if p.grad is None else p.grad for m, p in patches.items()}
 
 
-def check(ours: nn.Module, peer: Released, patches: Tensors, guides: Tensors) -> tuple[float, float]:
+def difference(ours: nn.Module, peer: Released, patches: Tensors, guides: Tensors) -> tuple[float, float]:
     """Worst difference of outputs, and of gradients relative to each tensor's largest entry (0.1 at least)."""
     theirs, expected = gradients(peer, patches, guides)
     mine, found = gradients(ours, patches, guides)
     output = max((mine[m] - theirs[m]).abs().max().item() for m in MODALITIES)
     gradient = max((found[k] - g).abs().max().item() / max(g.abs().max().item(), 0.1) for k, g in expected.items())
-    if output > 1e-6 or gradient > 1e-5:
-        sys.exit(f"outputs differ by {output:.2e} (limit 1e-6), gradients by {gradient:.2e} (limit 1e-5)")
     return output, gradient
 
 
@@ -202,16 +200,19 @@ def compare(no_grad: bool, dim: int, repeats: int, patches: Tensors, guides: Ten
     """Print one comparison; whether the limit was missed."""
     peer = Released(dim, no_grad)
     ours, composed = (MultiModalSDTPS(dim, TOKENS, attention_no_grad=no_grad, fused=fused) for fused in (True, False))
-    for name, module in (("ours", ours), ("composed", composed)):
-        module.load_state_dict(ReferenceKeys().from_reference(peer.state_dict()))
-        output, gradient = check(module, peer, patches, guides)
-        print(f"{name:<38} outputs equal to {output:.1e}, gradients to {gradient:.1e} of their largest entry")
-
     modules: dict[str, nn.Module] = {"released order": peer, "ours": ours, "ours, composed (fused=False)": composed}
+    for module in (ours, composed):
+        module.load_state_dict(ReferenceKeys().from_reference(peer.state_dict()))
     if compiled:
         for name in ("released order", "ours, composed (fused=False)"):
             modules[f"{name}, compiled"] = copy.deepcopy(modules[name])
             modules[f"{name}, compiled"].compile()
+    for name in list(modules)[1:]:
+        output, gradient = difference(modules[name], peer, patches, guides)
+        print(f"{name:<38} outputs equal to {output:.1e}, gradients to {gradient:.1e} of their largest entry")
+        if modules[name] in (ours, composed) and (output > 1e-6 or gradient > 1e-5):
+            sys.exit(f"outputs differ by {output:.2e} (limit 1e-6), gradients by {gradient:.2e} (limit 1e-5)")
+
     times = shortest({name: lambda m=m: step(m, patches, guides) for name, m in modules.items()}, repeats)  # type: ignore[misc]
     base, base_median = min(times["released order"]), statistics.median(times["released order"])
     for name, timed in modules.items():

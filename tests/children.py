@@ -12,7 +12,7 @@ import cloudpickle
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    [  # torch imports its compiler, which takes longer than torch itself, when deterministic algorithms are asked for
+    [  # torch._inductor is imported where deterministic algorithms are asked for, and takes as long as torch itself
         *("torch", "torch._inductor", "torch.utils.tensorboard", "rich.table", "PIL.Image", "einops", "jaxtyping", "scipy.ndimage"),
         *("core.trainer", "core.profile", "repro.run", "repro.show", "repro.cli"),
         *("plugins.sdtps.task", "plugins.sdtps.rgbnt_sample"),

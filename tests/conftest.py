@@ -1,7 +1,6 @@
 """Every test runs on one CPU thread, without network, and with the shapes in annotations checked."""
 
 import os
-import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,7 +20,6 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-sys.dont_write_bytecode = False
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repro", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("repro")
